@@ -1,0 +1,1015 @@
+"""Fine-tunes BERT to tell positive from negative film reviews, or any labelled texts.
+
+    python main.py --debug                     the whole way on one batch, in seconds
+    python main.py --percent=50 --epochs=10    half of IMDB; the default is 5 %
+    python main.py --dataset=FOLDER            own reviews: train.csv and test.csv (or
+                                               jsonl, parquet) with text and label
+    python main.py --resume                    go on with an interrupted run
+    python main.py --predict=FILE              label new reviews with the last model
+    tensorboard --logdir logs                  look at the run
+
+Flags by group, what a newcomer changes first in front:
+    Data          dataset percent seq_length truncation
+    Model         model
+    Optimisation  epochs batch_size optimizer lr momentum weight_decay warmup
+    Run           debug predict resume seed logdir precision devices num_nodes strategy
+
+Shapes: B reviews in a batch, N in a sample; T word-pieces of a batch's longest review,
+with [CLS] and [SEP]; H the width of the model; C classes.
+
+[1] Devlin et al. 2019, BERT: https://arxiv.org/abs/1810.04805
+[2] Sun et al. 2019, How to Fine-Tune BERT: https://arxiv.org/abs/1905.05583
+[3] Loshchilov and Hutter 2019, AdamW: https://arxiv.org/abs/1711.05101
+[4] Wilson 1927, the score interval: https://doi.org/10.2307/2276774
+"""
+
+import csv
+import ctypes
+import datetime
+import errno
+import functools
+import json
+import logging
+import math
+import os
+import pathlib
+import pickle
+import re
+import shlex
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import datasets
+import huggingface_hub
+import pytorch_lightning as pl
+import safetensors
+import sh
+import tokenizers
+import torch
+import torch.nn.functional as F
+import torchmetrics
+import transformers
+from absl import app, flags
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from torch.nn.utils.rnn import pad_sequence
+from transformers.models.bert import modeling_bert
+
+Batch = dict[str, torch.Tensor]
+Loader = torch.utils.data.DataLoader
+Reviews = datasets.Dataset
+FLAGS = flags.FLAGS
+# Flags that do not belong to the experiment: `--resume` lets them differ.
+RUN_FLAGS = ("debug", "predict", "resume", "logdir")
+TRAINER_FLAGS = ("epochs", "precision", "devices", "num_nodes", "strategy")
+# What a run leaves in its folder; a folder with anything else is somebody's own.
+OURS = r"version_0(/(events\.out\.tf.*|hparams.yaml|checkpoints|model|results.json))?"
+
+# Data
+flags.DEFINE_string(
+    "dataset", "stanfordnlp/imdb", "Hub name, or folder with a train and a test file."
+)
+flags.DEFINE_integer(
+    "percent", 5, "Share of the reviews that is used, of each class alike.", 1, 100
+)
+flags.DEFINE_integer(
+    "seq_length", 256, "Word-pieces kept of a review, [CLS] and [SEP] included.", 3
+)
+flags.DEFINE_enum(
+    "truncation",
+    "head_tail",
+    ["head", "tail", "head_tail"],
+    "Part of a long review that is kept; head_tail gives the head a quarter [2].",
+)
+# Model
+flags.DEFINE_string(
+    "model", "google-bert/bert-base-uncased", "Hub name or local folder of a BERT."
+)
+# Optimisation
+flags.DEFINE_integer(
+    "epochs", 3, "Passes over train; the best by validation is tested and kept.", 1
+)
+flags.DEFINE_integer(
+    "batch_size", 16, "Reviews a step and device; lower it when memory runs out.", 1
+)
+flags.DEFINE_enum(
+    "optimizer",
+    "adamw",
+    ["adamw", "sgd"],
+    "AdamW with warm-up and linear decay [3], or SGD at a constant rate.",
+)
+flags.DEFINE_float("lr", 5e-5, "Learning rate at its peak; [1] tried 2e-5 to 5e-5.")
+flags.DEFINE_float("momentum", 0.9, "Momentum of SGD, first beta of AdamW.")
+flags.DEFINE_float("weight_decay", 0.01, "AdamW's pull of matrices towards zero.")
+flags.DEFINE_float("warmup", 0.1, "Share of the steps in which AdamW's rate rises.")
+# Run
+flags.DEFINE_boolean(
+    "debug", False, "Walk the whole way on one batch of each sample, in LOGDIR/debug."
+)
+flags.DEFINE_string(
+    "predict", None, "Csv, jsonl or parquet with text, or reviews by line; - is stdin."
+)
+flags.DEFINE_boolean("resume", False, "Go on with the interrupted run in LOGDIR/imdb.")
+flags.DEFINE_integer(
+    "seed", 0, "Draws the samples, the order, the head and dropout.", 0, 2**32 - 1
+)
+flags.DEFINE_string(
+    "logdir", "logs", "Folder of the run; LOGDIR.old keeps earlier ones."
+)
+flags.DEFINE_enum(
+    "precision",
+    "auto",
+    ["auto", "32-true", "bf16-mixed"],
+    "Of matrix products; auto is bf16 where the hardware computes in it.",
+)
+flags.DEFINE_integer("devices", 1, "GPUs, or processes on CPUs, on each machine.", 1)
+flags.DEFINE_integer("num_nodes", 1, "Machines.", 1)
+flags.DEFINE_enum("strategy", "auto", ["auto", "ddp"], "How devices share the work.")
+# Comparisons also refuse NaN, which passes absl's bounds.
+flags.register_validator("lr", lambda v: 0 < v < 1, "must be between 0 and 1")
+for rate in ("momentum", "weight_decay", "warmup"):
+    flags.register_validator(rate, lambda v: 0 <= v < 1, "must be at least 0, below 1")
+
+
+def expect(met: object, otherwise: str) -> None:
+    """Ends the program with one line and exit status 1 unless `met`."""
+    if not met:
+        sys.exit(f"main.py: {otherwise}")
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error.__cause__ or error).split())[:300]
+
+
+@rank_zero_only
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def check_name(flag: str, name: str, look_up: Callable) -> None:
+    """Refuses what is neither a local folder nor, within seconds, found on the Hub."""
+    if os.path.isdir(name):
+        return
+    found = f"--{flag}={name}: no such folder, and"
+    expect(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name), f"{found} no Hub name, owner/name")
+    try:
+        huggingface_hub.constants.HF_HUB_OFFLINE or look_up(name, timeout=5)
+    except huggingface_hub.errors.RepositoryNotFoundError:
+        expect(False, f"{found} no such {flag} on the Hub")
+    except huggingface_hub.errors.HTTPError as error:
+        why = f"the network does not reach the Hub ({one_line(error)}): give --dataset"
+        how = "and --model local folders, or set HF_HUB_OFFLINE=1 to use the cache"
+        expect(False, f"{found} {why} {how}")
+
+
+def load_reviews(dataset: str) -> datasets.DatasetDict:
+    """Loads and checks the splits train and test, `label` a `ClassLabel` in both."""
+    flag, splits = f"--dataset={dataset}: expected", datasets.DatasetDict()
+    try:
+        found = datasets.load_dataset(dataset)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        expect(False, f"{flag} a train and a test file of one kind: {one_line(error)}")
+    for part in ("train", "test"):
+        expect(part in found, f"{flag} the splits train and test, found {[*found]}")
+        columns = found[part].column_names  # pandas calls a second text column text.1
+        once = {"text", "label"} <= {*columns} and not {"text.1", "label.1"} & {
+            *columns
+        }
+        expect(once, f"{flag} one column text, one label; {part} has {columns}")
+        splits[part] = split = found[part].select_columns(["text", "label"])
+        for column, table in zip(split.column_names, split.data.columns, strict=True):
+            kind, empty = str(table.type), table.null_count
+            row = table.to_pylist().index(None) + 1 if empty else None
+            lacks = f"{part} lacks {empty} of {len(split)}, the first in row {row}"
+            expect(not empty, f"{flag} a {column} in every row, {lacks}")
+            sound = (
+                r"(large_)?string" if column == "text" else r"u?int\d+|(large_)?string"
+            )
+            kinds = "text that is a string, labels that are strings or whole numbers"
+            expect(
+                re.fullmatch(sound, kind), f"{flag} {kinds}; {part}: {column} is {kind}"
+            )
+    labels = sorted(splits["train"].unique("label"))
+    unknown = {*splits["test"].unique("label")} - {*labels}
+    expect(not unknown, f"{flag} labels that train has too, only test has {unknown}")
+    expect(len(labels) > 1, f"{flag} two classes or more, train has only {labels}")
+    if isinstance(splits["train"].features["label"], datasets.ClassLabel):
+        expect(labels[0] >= 0, f"{flag} a label in every row, some of train have -1")
+        return splits
+    names = datasets.ClassLabel(names=[str(label) for label in labels])
+    text = splits.cast_column("label", datasets.Value("string"))
+    return text.cast_column("label", names)
+
+
+def stratified(reviews: Reviews, percent: int, seed: int) -> tuple[Reviews, Reviews]:
+    """Draws a percentage of the reviews, of each class alike; returns it and the rest."""
+    size = round(len(reviews) * percent / 100)
+    try:
+        parts = reviews.train_test_split(
+            train_size=size, stratify_by_column="label", seed=seed
+        )
+    except ValueError as error:
+        expect(False, f"too few reviews to draw {size} of {len(reviews)}: {error}")
+    return parts["train"], parts["test"]
+
+
+def load_samples(dataset: str, percent: int, seed: int) -> datasets.DatasetDict:
+    """Draws the samples train and test, and a tenth of train for validation."""
+    splits = load_reviews(dataset)
+    if percent < 100:
+        splits = {k: stratified(v, percent, seed)[0] for k, v in splits.items()}
+    val, train = stratified(splits["train"], 10, seed)
+    return datasets.DatasetDict(train=train, val=val, test=splits["test"])
+
+
+def head_room(seq_length: int, truncation: str) -> int:
+    """Returns how many word-pieces the beginning of a long review gets."""
+    room = seq_length - 2  # [CLS] and [SEP]
+    return {"head": room, "tail": 0, "head_tail": room // 4}[truncation]
+
+
+def tokenise(
+    samples: Any,
+    tokenizer: transformers.BertTokenizer,
+    seq_length: int,
+    truncation: str,
+) -> Any:
+    """Turns texts into word-pieces, at most `seq_length`; cached on disk by `datasets`.
+
+    Returns:
+        `samples` with the columns `input_ids`, `length`, and `cut` (word-pieces cut
+        away) instead of `text`.
+    """
+    room, head = seq_length - 2, head_room(seq_length, truncation)
+    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+
+    # The cache is named after all that this function holds: plain values only.
+    def cut(batch: dict[str, list]) -> dict[str, list]:
+        pieces = tokenizer(batch["text"], add_special_tokens=False, verbose=False)
+        cuts = [max(0, len(review) - room) for review in pieces["input_ids"]]
+        input_ids = [
+            [cls, *review[:head], *review[head + cut :], sep]
+            for review, cut in zip(pieces["input_ids"], cuts, strict=True)
+        ]
+        return {"input_ids": input_ids, "length": [*map(len, input_ids)], "cut": cuts}
+
+    return samples.map(cut, batched=True, remove_columns="text", desc="Tokenising")
+
+
+def mix(*numbers: int) -> int:
+    """Makes one seed of several; Python hashes integers alike in every process."""
+    return hash(numbers) % 2**32
+
+
+class LengthGroupedBatches(torch.utils.data.Sampler):
+    """Draws batches of reviews of like length, each review once, the longest first.
+
+    The plan follows from (seed, epoch) alone, which makes resuming exact. Each process
+    takes every `world_size`-th batch of it; sizes differ by one review at most.
+
+    Args:
+        lengths: <int64>[N] word-pieces of each review.
+        batch_size: Reviews in a batch, at most.
+        rank: This process, of `world_size`.
+        seed: Shuffles the batches, and like lengths among them; None, for evaluation.
+        done: Tells, when an epoch starts, how many of its batches to skip.
+    """
+
+    def __init__(
+        self, lengths: torch.Tensor, batch_size: int, rank: int = 0, world_size: int = 1,
+        seed: int | None = None, done: Callable[[], int] = lambda: 0,
+    ) -> None:  # fmt: skip
+        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self.rank, self.world_size, self.done, self.epoch = rank, world_size, done, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.lengths) / (self.batch_size * self.world_size))
+
+    def plan(self) -> list[list[int]]:
+        """Returns this process's batches of the epoch, as rows of the sample."""
+        lengths, order = self.lengths.double(), torch.arange(len(self))
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
+            # A jitter of 1 % makes new batches every epoch, for little padding.
+            jitter = torch.rand(len(lengths), generator=generator, dtype=torch.double)
+            lengths = lengths * (1 + jitter / 100)
+            order[1:] = 1 + torch.randperm(len(self) - 1, generator=generator)
+        rows = lengths.argsort(descending=True, stable=True)
+        batches = rows.tensor_split(len(self) * self.world_size)
+        return [batches[self.world_size * i + self.rank].tolist() for i in order]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        yield from self.plan()[self.done() :]
+
+
+def check_model(model: str, seq_length: int) -> dict:
+    """Returns the config of a BERT that takes `seq_length`; refuses anything else."""
+    try:
+        config, _ = transformers.PretrainedConfig.get_config_dict(model)
+    except OSError as error:
+        expect(False, f"--model={model}: expected a config.json: {one_line(error)}")
+    kind, most = config.get("model_type"), config.get("max_position_embeddings", 512)
+    expect(kind == "bert", f"--model={model}: expected a BERT, found model_type {kind}")
+    expect(
+        seq_length <= most, f"--seq_length={seq_length}: {model} takes {most} at most"
+    )
+    return config
+
+
+def load_tokenizer(model: str) -> transformers.BertTokenizer:
+    """Loads a tokenizer that drops `<br />` tags and reads "[SEP]" as plain text."""
+    tokenizer = transformers.BertTokenizer.from_pretrained(
+        model, split_special_tokens=True
+    )
+    # With its files missing, transformers makes one that knows special tokens only.
+    known = len(tokenizer) > len(tokenizer.all_special_tokens)
+    expect(known, f"--model={model}: expected a tokenizer, found no vocabulary")
+    backend = tokenizer.backend_tokenizer
+    tags = tokenizers.normalizers.Replace(tokenizers.Regex(r"<br\s*/?>"), " ")
+    backend.normalizer = tokenizers.normalizers.Sequence([tags, backend.normalizer])
+    return tokenizer
+
+
+def load_bert(
+    model: str, names: list[str]
+) -> transformers.BertForSequenceClassification:
+    """Loads float32 weights, ready to train; only the classifier may be new."""
+    try:
+        bert, info = transformers.BertForSequenceClassification.from_pretrained(
+            model,
+            id2label=dict(enumerate(names)),
+            label2id={name: i for i, name in enumerate(names)},
+            problem_type="single_label_classification",
+            attention_probs_dropout_prob=0.0,  # no less accurate, much faster on CPUs
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # of an earlier classifier
+            output_loading_info=True,
+        )
+    except (OSError, safetensors.SafetensorError) as error:
+        expect(False, f"--model={model}: expected sound safetensors: {one_line(error)}")
+    new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    lost = [key for key in new if not key.startswith(("classifier.", "bert.pooler."))]
+    expect(not lost, f"--model={model}: {len(lost)} weights lack or misfit: {lost[:2]}")
+    if "bert.pooler.dense.weight" in new:
+        say("Model     its checkpoint has no pooler: that starts from random weights")
+    for module in bert.modules():
+        if type(module) is torch.nn.Dropout:
+            module.__class__ = Dropout
+    bert.bert.encoder.layer[-1].__class__ = ClsLayer
+    bert.bert.embeddings.register_forward_hook(to_autocast)
+    return bert.train()  # it comes in eval mode, with dropout off
+
+
+class Dropout(torch.nn.Dropout):
+    """Draws 16 random bits an element on a CPU, where PyTorch draws slowly."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or x.device.type != "cpu":
+            return super().forward(x)
+        bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64)
+        bits = bits.random_(-(2**63), None).view(torch.int16)[: x.numel()].view_as(x)
+        return x * ((bits >= round(self.p * 2**16) - 2**15).to(x.dtype) / (1 - self.p))
+
+
+def to_autocast(module: torch.nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
+    """Enters the layers in bf16 on a CPU, where each would cast its own input."""
+    bf16 = out.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    return out.bfloat16() if bf16 else out
+
+
+class ClsLayer(modeling_bert.BertLayer):
+    """The last layer for [CLS] alone, which is all that the classifier reads."""
+
+    def forward(
+        self, hidden: torch.Tensor, mask: Any, *_: Any, **__: Any
+    ) -> torch.Tensor:
+        cls = hidden[:, :1]  # [B, 1, H] of [B, T, H]
+        mask = None if mask is None else mask[:, :, :1]  # [B, 1, 1, T]
+        context, _ = modeling_bert.BertCrossAttention.forward(
+            self.attention.self, cls, hidden, mask
+        )
+        return self.feed_forward_chunk(self.attention.output(context, cls))
+
+
+class IMDBSentimentClassifier(pl.LightningModule):
+    """BERT with a linear head on [CLS], and its data, metrics and optimiser.
+
+    The arguments are the flags of these names, and the names of the classes in order.
+    """
+
+    def __init__(
+        self, *, dataset: str, percent: int, seq_length: int, truncation: str,
+        model: str, label_names: list[str], batch_size: int, optimizer: str, lr: float,
+        momentum: float, weight_decay: float, warmup: float, seed: int
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.save_hyperparameters()
+        self.tokenizer, self.bert = load_tokenizer(model), load_bert(model, label_names)
+        known, rows = len(self.tokenizer), self.bert.config.vocab_size
+        expect(
+            known <= rows, f"--model={model}: {known} word-pieces, {rows} embeddings"
+        )
+        kinds, classes = torchmetrics.classification, len(label_names)
+        self.scores, self.mean_loss = torch.nn.ModuleDict(), torch.nn.ModuleDict()
+        for stage in ("val", "test"):
+            scores = {
+                "acc": kinds.MulticlassAccuracy(classes, average="micro"),
+                "f1": kinds.MulticlassF1Score(classes),
+                "ece": kinds.MulticlassCalibrationError(classes),
+            }
+            self.scores[stage] = torchmetrics.MetricCollection(
+                scores, prefix=f"{stage}_"
+            )
+            self.mean_loss[stage] = torchmetrics.MeanMetric()
+        self.tested = torchmetrics.CatMetric()  # row, label, probabilities: [N, 2 + C]
+
+    # Data: one process fills the cache in `prepare_data`, all read it in `setup`.
+
+    def load(self) -> datasets.DatasetDict:
+        hp = self.hparams
+        samples = load_samples(hp.dataset, hp.percent, hp.seed)
+        return tokenise(samples, self.tokenizer, hp.seq_length, hp.truncation)
+
+    def prepare_data(self) -> None:
+        if not hasattr(self, "samples"):
+            self.load()
+
+    def setup(self, stage: str) -> None:
+        if not hasattr(self, "samples"):
+            self.samples = self.load()
+
+    def class_counts(self) -> dict[str, dict[str, int]]:
+        """Returns how many reviews of each class each sample has."""
+        columns = {part: sample["label"][:] for part, sample in self.samples.items()}
+        names = [*enumerate(self.hparams.label_names)]
+        return {part: {n: c.count(i) for i, n in names} for part, c in columns.items()}
+
+    def serve(self, sample: Reviews, size: int, **plan: Any) -> Loader:
+        """Batches a sample; reading it costs less than a worker process would."""
+        ranks = self.global_rank, self.trainer.world_size
+        lengths = torch.tensor(sample["length"][:])
+        return Loader(
+            sample.remove_columns(["length", "cut"]),
+            sampler=LengthGroupedBatches(lengths, size, *ranks, **plan),
+            batch_size=None,  # the sampler draws whole batches
+            collate_fn=self.collate,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def collate(self, rows: dict[str, list]) -> Batch:
+        """Pads to the longest review: <int64>[B, T] word-pieces, <int64>[B] labels."""
+        reviews = [torch.tensor(review) for review in rows.pop("input_ids")]
+        padded = pad_sequence(reviews, True, self.tokenizer.pad_token_id)
+        labels = {f"{name}s": torch.tensor(column) for name, column in rows.items()}
+        return {"input_ids": padded, **labels}
+
+    def train_dataloader(self) -> Loader:
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        plan = {"seed": self.hparams.seed, "done": lambda: progress.current.ready}
+        return self.serve(self.samples["train"], self.hparams.batch_size, **plan)
+
+    def val_dataloader(self) -> Loader:
+        return self.serve(self.samples["val"], 2 * self.hparams.batch_size)
+
+    def test_dataloader(self) -> Loader:
+        return self.serve(self.samples["test"], 2 * self.hparams.batch_size)
+
+    def predict_dataloader(self) -> Loader:
+        return self.serve(self.samples["predict"], 2 * self.hparams.batch_size)
+
+    # Steps.
+
+    def on_fit_start(self) -> None:
+        if self.device.type == "cpu" and "bf16" in self.trainer.precision:
+            # There the fused attention is slow in the backward pass.
+            self.bert.set_attn_implementation("eager")
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Returns the logits, <float32>[B, C], of word-pieces, <int64>[B, T]."""
+        mask = input_ids.ne(self.tokenizer.pad_token_id)
+        return self.bert(input_ids, attention_mask=mask).logits.float()
+
+    def step(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the losses of the reviews, [B], and their logits, [B, C]."""
+        logits = self(batch["input_ids"])
+        return F.cross_entropy(logits, batch["labels"], reduction="none"), logits
+
+    def on_train_epoch_start(self) -> None:
+        self.pieces, self.epoch_start = 0, time.perf_counter()
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        if self.trainer.training:  # counted before a GPU would have to be waited for
+            self.pieces += (
+                batch["input_ids"].ne(self.tokenizer.pad_token_id).sum().item()
+            )
+        return batch
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # Dropout follows from (seed, step), so that a resumed run draws the same.
+        torch.manual_seed(mix(self.hparams.seed, self.global_step, self.global_rank))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        losses, logits = self.step(batch)
+        loss, acc = losses.mean(), logits.argmax(-1).eq(batch["labels"]).float().mean()
+        if self.global_step % self.trainer.log_every_n_steps == 0:
+            finite, step = loss.isfinite(), self.global_step + 1
+            expect(finite, f"the loss of step {step} is {loss:.0f}: try a lower --lr")
+            speed = self.pieces / (time.perf_counter() - self.epoch_start)
+            self.log("speed", speed * self.trainer.world_size, prog_bar=True)
+        self.log_dict({"train_loss": loss, "train_acc": acc}, prog_bar=True)
+        self.log("lr", self.optimizers().param_groups[0]["lr"])
+        return loss
+
+    def evaluate(self, stage: str, batch: Batch) -> torch.Tensor:
+        """Adds a batch to the stage's metrics; returns its probabilities, [B, C]."""
+        losses, logits = self.step(batch)
+        self.mean_loss[stage].update(losses)
+        self.scores[stage].update(logits.softmax(-1), batch["labels"])
+        self.log(f"{stage}_loss", self.mean_loss[stage], prog_bar=True)
+        self.log_dict(self.scores[stage], prog_bar=True)
+        return logits.softmax(-1)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.evaluate("val", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        plan = self.trainer.test_dataloaders.sampler.plan()
+        rows = torch.tensor(plan[batch_idx], device=self.device)
+        scored = [rows, batch["labels"], self.evaluate("test", batch)]
+        self.tested.update(torch.column_stack(scored))
+
+    def on_test_epoch_end(self) -> None:
+        predictions = self.tested.compute()  # of all processes
+        self.predictions = predictions[predictions[:, 0].argsort()].cpu()
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        return self(batch["input_ids"]).softmax(-1)
+
+    def on_train_epoch_end(self) -> None:
+        if not sys.stdout.isatty():  # a line instead of the bar
+            metrics = self.trainer.callback_metrics
+            names = ("train_loss", "train_acc", "val_loss", "val_acc", "speed")
+            figures = [f"{name} {metrics[name]:.4g}" for name in names]
+            say(f"Epoch {self.current_epoch}   {'  '.join(figures)}")
+
+    # Optimiser.
+
+    def configure_optimizers(self) -> Any:
+        hp, parameters = self.hparams, [*self.parameters()]
+        if hp.optimizer == "sgd":
+            return torch.optim.SGD(parameters, lr=hp.lr, momentum=hp.momentum)
+        matrices = {"params": [p for p in parameters if p.ndim > 1]}
+        vectors = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
+        betas = (hp.momentum, 0.999)
+        optimizer = torch.optim.AdamW(
+            [matrices, vectors], hp.lr, betas, weight_decay=hp.weight_decay, fused=True
+        )
+        steps = self.trainer.estimated_stepping_batches
+        schedule = transformers.get_linear_schedule_with_warmup(
+            optimizer, round(hp.warmup * steps), steps
+        )
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # Here, as Lightning refuses to clip for a fused optimiser under mixed precision.
+        torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
+
+    # Checkpoints.
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        metrics = self.trainer.callback_metrics.items()
+        checkpoint["val"] = {k: v.item() for k, v in metrics if k.startswith("val_")}
+
+    def export(self, folder: pathlib.Path) -> None:
+        """Saves model and tokenizer for `transformers.pipeline`, to cut as trained."""
+        hp = self.hparams
+        self.bert.config.update(
+            {"seq_length": hp.seq_length, "truncation": hp.truncation}
+        )
+        self.bert.save_pretrained(folder)
+        # BertTokenizer saves its vocabulary alone, not that it drops `<br />` tags.
+        self.tokenizer.__class__ = transformers.PreTrainedTokenizerFast
+        self.tokenizer.model_max_length = hp.seq_length
+        self.tokenizer.truncation_side = "left" if hp.truncation == "tail" else "right"
+        self.tokenizer.save_pretrained(folder)
+
+
+def wilson(share: float, n: int, z: float = 1.96) -> list[float]:
+    """Returns the 95 % score interval of a share of `n` [4]."""
+    middle, root = share + z * z / (2 * n), share * (1 - share) / n + (z / (2 * n)) ** 2
+    return [(middle + sign * z * math.sqrt(root)) / (1 + z * z / n) for sign in (-1, 1)]
+
+
+class WholeCheckpointIO(pl.plugins.TorchCheckpointIO):
+    """Writes beside the earlier checkpoint and renames: it is whole or absent."""
+
+    def save_checkpoint(self, checkpoint: dict, path: str, *_: Any, **__: Any) -> None:
+        partial = pathlib.Path(f"{path}.partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+
+class LastCheckpoint(pl.callbacks.Checkpoint):
+    """Writes `last.ckpt` every ten minutes, after each validation, and on a signal.
+
+    Ctrl-C and SIGTERM end the run once the step, or the validation, is done and saved.
+    """
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path, self.signum, self.saved = str(path), 0, time.monotonic()
+
+    def on_train_start(self, *_: Any) -> None:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, lambda signum, _: setattr(self, "signum", signum))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        # An epoch saved at its last step would be resumed without its validation.
+        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self.save(trainer, time.monotonic() - self.saved > 600)
+
+    def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.save(trainer, True)
+
+    def save(self, trainer: pl.Trainer, due: bool) -> None:
+        agree = functools.partial(trainer.strategy.reduce_boolean_decision, all=False)
+        if agree(due or self.signum > 0):
+            trainer.save_checkpoint(self.path)
+            self.saved = time.monotonic()
+            if agree(self.signum > 0):
+                self.leave(self.signum or signal.SIGTERM)
+
+    def on_test_start(self, *_: Any) -> None:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self.leave)
+
+    def leave(self, signum: int, *_: Any) -> None:
+        command = shlex.join([a for a in sys.argv if a != "--resume"] + ["--resume"])
+        say(f"\nStopped; {self.path} holds the run, python {command} goes on with it")
+        sys.exit(128 + signum)
+
+
+def check_logdir(run: pathlib.Path) -> None:
+    """Refuses a log folder that cannot be written, or holds what no run has left."""
+    logdir, link = run.parent, run.is_symlink()
+    above = next(p for p in (logdir, *logdir.absolute().parents) if os.path.lexists(p))
+    writable = above.is_dir() and os.access(above, os.W_OK | os.X_OK)
+    expect(writable, f"--logdir={logdir}: expected a folder to write in, found {above}")
+    expect(link or not run.is_file(), f"--logdir={logdir}: {run} is a file, move it")
+    for path in [] if link else [*run.glob("*"), *run.glob("version_0/*")]:
+        ours = re.fullmatch(OURS, path.relative_to(run).as_posix())
+        expect(ours, f"--logdir={logdir}: no run has left {path}, move it")
+
+
+def clear(run: pathlib.Path) -> None:
+    """Moves the earlier run to LOGDIR.old, under the time it was written."""
+    if FLAGS.debug:
+        sh.rm("-rf", "--", run)
+    elif os.path.lexists(run):
+        files = [run] if run.is_symlink() else [run, *run.glob("version_0/*")]
+        written = max(path.lstat().st_mtime for path in files)
+        stamp = datetime.datetime.fromtimestamp(written).strftime("%Y-%m-%d_%H-%M-%S")
+        old = run.parent.with_name(f"{run.parent.resolve().name}.old") / stamp
+        while os.path.lexists(old):
+            old = old.with_name(f"{old.name}+")
+        sh.mkdir("-p", "--", old.parent)
+        sh.mv("--", run, old)
+
+
+def check_resume(path: pathlib.Path, settings: dict) -> int:
+    """Returns the step of a checkpoint; refuses a broken one, or another run's."""
+    finished = (path.parents[1] / "results.json").exists()
+    expect(not finished, "--resume: the run is finished; without --resume starts anew")
+    expect(path.exists(), f"--resume: nothing to resume, found no {path}")
+    try:
+        checkpoint = torch.load(path, "cpu", mmap=True, weights_only=True)
+        stored, step = checkpoint["hyper_parameters"], checkpoint["global_step"]
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError):
+        expect(False, f"--resume: {path} is no whole checkpoint of a run; start anew")
+    for name, value in settings.items():
+        was = stored.get(name)
+        expect(was == value, f"--resume: the run has --{name}={was}, not {value}")
+    return step
+
+
+def commas(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+
+
+def describe(module: IMDBSentimentClassifier, trainer: pl.Trainer) -> None:
+    """Says what is trained, on what, and where."""
+    hp, samples, width = module.hparams, module.samples, trainer.world_size
+    say(f"Data      {hp.dataset}, {hp.percent} %, seed {hp.seed}")
+    for part, counts in module.class_counts().items():
+        say(f"  {part:8}{len(samples[part]):,} reviews: {commas(counts)}")
+    cuts = [cut > 0 for sample in samples.values() for cut in sample["cut"]]
+    share = f"{100 * sum(cuts) / len(cuts):.0f} % are longer than {hp.seq_length}"
+    say(f"          {share} word-pieces and cut ({hp.truncation})")
+    size = sum(p.numel() for p in module.parameters()) / 1e6
+    where = f"{width} x {trainer.strategy.root_device.type}, {hp.precision}"
+    say(f"Model     {hp.model}\n          {size:.1f} M parameters, {where}")
+    batch = hp.batch_size * width
+    steps = math.ceil(len(samples["train"]) / batch)
+    say(f"Training  {trainer.max_epochs} epochs of {steps} steps of {batch} reviews")
+
+
+def draw(
+    module: IMDBSentimentClassifier, confusion: list[list[int]], step: int
+) -> None:
+    """Shows the test sample in TensorBoard: curves, tables and the worst errors."""
+    log, hp, names = (
+        module.logger.experiment,
+        module.hparams,
+        module.hparams.label_names,
+    )
+    rows, labels = module.predictions[:, :2].int().unbind(1)  # [N], [N]
+    probabilities = module.predictions[:, 2:]  # [N, C]
+    for i, name in enumerate(names):
+        log.add_pr_curve(f"test_pr/{name}", labels == i, probabilities[:, i], step)
+        if (labels == i).any():
+            own = probabilities[labels == i, i]
+            log.add_histogram(f"test_probability_of_true_class/{name}", own, step)
+    lines = [["true / predicted", *names], ["---"] * (1 + len(names))]
+    lines += [[name, *row] for name, row in zip(names, confusion, strict=True)]
+    table = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    log.add_text("test_confusion", table, step)
+    log.add_text("settings", "\n".join(f"    {k}={v}" for k, v in hp.items()), step)
+    certainty, predicted = probabilities.max(-1)
+    certainty = certainty.where(predicted != labels, 0)
+    head, decode = head_room(hp.seq_length, hp.truncation), module.tokenizer.decode
+    for place, i in enumerate(certainty.argsort(descending=True)[:20].tolist(), 1):
+        if certainty[i]:
+            review = module.samples["test"][int(rows[i])]
+            pieces, cut = review["input_ids"][1:-1], review["cut"]
+            mark = f" [{cut} word-pieces cut] " if cut else " "
+            seen = mark.join([decode(pieces[:head]), decode(pieces[head:])])
+            verdict = f"{names[labels[i]]} taken for {names[predicted[i]]}"
+            text = f"**{verdict} at {100 * certainty[i]:.1f} %:** {seen}"
+            log.add_text(f"test_worst/{place:02}", text, step)
+
+
+def model_card(hp: dict, results: dict) -> str:
+    """Returns the model's README.md, with the metadata that the Hub reads."""
+    metrics, name = results["metrics"], pathlib.Path(hp["dataset"]).name
+    measured = huggingface_hub.EvalResult(
+        task_type="text-classification",
+        dataset_type=name if os.path.isdir(hp["dataset"]) else hp["dataset"],
+        dataset_name=name,
+        metric_type="accuracy",
+        metric_value=metrics["test_acc"],
+    )
+    data = huggingface_hub.ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        base_model=None if os.path.isdir(hp["model"]) else hp["model"],
+        datasets=None if os.path.isdir(hp["dataset"]) else [hp["dataset"]],
+        model_name=f"BERT on {name}",
+        eval_results=[measured],
+    )
+    low, high = metrics["test_acc_interval"]
+    recipe = "\n".join(f"- {name}: {value}" for name, value in hp.items())
+    return f"""---
+{data.to_yaml()}
+---
+# BERT on {name}: {", ".join(hp["label_names"])}
+
+Test accuracy {metrics["test_acc"]:.4f}, 95 % interval {low:.4f} to {high:.4f}.
+`pipeline("text-classification", model=FOLDER, truncation=True)` loads it, and keeps the
+{"end" if hp["truncation"] == "tail" else "beginning"} of a long text.
+
+## How it was trained
+{recipe}
+
+## Limits
+It has seen the texts of one dataset and has not been measured on others; its expected
+calibration error on the test sample is {metrics["test_ece"]:.4f}.
+"""
+
+
+@rank_zero_only
+def finish(module: IMDBSentimentClassifier, folder: pathlib.Path, start: float) -> None:
+    """Exports the best epoch, writes results, card and pictures, and says the result."""
+    hp, trainer, names = module.hparams, module.trainer, module.hparams.label_names
+    best = torch.load(folder / "checkpoints/best.ckpt", mmap=True, weights_only=True)
+    scores = {k: v.item() for k, v in trainer.callback_metrics.items()}
+    metrics = best["val"] | {k: v for k, v in scores.items() if k.startswith("test_")}
+    labels, probabilities = module.predictions[:, 1].int(), module.predictions[:, 2:]
+    low, high = metrics["test_acc_interval"] = wilson(metrics["test_acc"], len(labels))
+    confusion = torchmetrics.functional.confusion_matrix(
+        probabilities, labels, task="multiclass", num_classes=len(names)
+    ).tolist()
+    libraries = (torch, pl, transformers, datasets)
+    results = {
+        "metrics": metrics,
+        "best_epoch": best["epoch"],
+        "confusion": confusion,
+        "samples": module.class_counts(),
+        "seconds": time.perf_counter() - start,
+        "flags": {name: value for name, value in hp.items() if name != "label_names"},
+        "versions": {library.__name__: library.__version__ for library in libraries},
+    }
+    module.export(folder / "model")
+    (folder / "model" / "README.md").write_text(model_card(hp, results))
+    draw(module, confusion, trainer.global_step)
+    shown = {f"hparams/{k}": metrics[k] for k in ("test_acc", "val_acc", "val_loss")}
+    module.logger.log_hyperparams(hp, shown, trainer.global_step)
+    module.logger.save()
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    interval = f"95 % interval {100 * low:.2f} to {100 * high:.2f} %"
+    say(f"\nTest      accuracy {100 * metrics['test_acc']:.2f} % ({interval})")
+    say(
+        f"          {len(labels):,} reviews, once, on epoch {best['epoch']}, the best by validation"
+    )
+    for name, row in zip(names, confusion, strict=True):
+        say(f"          {name} taken for: {commas(dict(zip(names, row, strict=True)))}")
+    say(f"Model     {folder / 'model'}")
+    say(f"Look      tensorboard --logdir {folder.parents[1]}")
+    call = f'"text-classification", model="{folder / "model"}", truncation=True'
+    say("Use       from transformers import pipeline")
+    say(f'          pipeline({call})("A fine film.")')
+
+
+def make_module(settings: dict, label_names: list[str]) -> IMDBSentimentClassifier:
+    """Returns the classifier; its hyper-parameters hold the Trainer's flags too."""
+    pl.seed_everything(settings["seed"], verbose=False)
+    own = {name: v for name, v in settings.items() if name not in TRAINER_FLAGS}
+    module = IMDBSentimentClassifier(label_names=label_names, **own)
+    module.hparams.update(settings)
+    return module
+
+
+def make_trainer(folder: pathlib.Path, precision: str, step: int | None) -> pl.Trainer:
+    """Returns the Trainer of a run; `step` is where a resumed one goes on."""
+    logger = pl.loggers.TensorBoardLogger(
+        folder.parents[1],
+        f"{folder.parent.name}/{folder.name}",
+        version="",
+        default_hp_metric=False,
+        purge_step=step,
+    )
+    best = pl.callbacks.ModelCheckpoint(
+        folder / "checkpoints",
+        "best",
+        monitor="val_acc",
+        mode="max",
+        save_weights_only=True,
+        enable_version_counter=False,
+    )
+    callbacks = [best, LastCheckpoint(folder / "checkpoints" / "last.ckpt")]
+    every = 10 if torch.cuda.is_available() else 1  # steps: logging waits for a GPU
+    terminal = sys.stdout.isatty()
+    if terminal:
+        callbacks.append(pl.callbacks.TQDMProgressBar(every, leave=True))
+    parts = ("train", "val", "test") if FLAGS.debug else ()
+    return pl.Trainer(
+        max_epochs=1 if FLAGS.debug else FLAGS.epochs,
+        precision=precision,
+        devices=FLAGS.devices,
+        num_nodes=FLAGS.num_nodes,
+        strategy=FLAGS.strategy,
+        use_distributed_sampler=False,  # `LengthGroupedBatches` shares out
+        logger=logger,
+        log_every_n_steps=every,
+        callbacks=callbacks,
+        plugins=[WholeCheckpointIO()],
+        enable_progress_bar=terminal,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **{f"limit_{part}_batches": 1 for part in parts},
+    )
+
+
+def train(settings: dict) -> None:
+    """Checks all that can be known to be wrong, then trains, tests and exports."""
+    start, hub = time.perf_counter(), huggingface_hub.HfApi()
+    run = pathlib.Path(FLAGS.logdir) / ("debug" if FLAGS.debug else "imdb")
+    folder, last, step = run / "version_0", None, None
+    check_logdir(run)
+    if FLAGS.resume:
+        last = folder / "checkpoints" / "last.ckpt"
+        step = check_resume(last, settings)
+    check_name("model", FLAGS.model, hub.model_info)
+    check_name("dataset", FLAGS.dataset, hub.dataset_info)
+    check_model(FLAGS.model, FLAGS.seq_length)
+    samples = load_samples(FLAGS.dataset, FLAGS.percent, FLAGS.seed)
+    module = make_module(settings, samples["train"].features["label"].names)
+    try:
+        trainer = make_trainer(folder, settings["precision"], step)
+    except pl.utilities.exceptions.MisconfigurationException as error:
+        expect(False, one_line(error))
+    if rank_zero_only.rank == 0:
+        module.setup("fit")
+        describe(module, trainer)
+        if not FLAGS.resume:
+            clear(run)
+    try:
+        trainer.fit(module, ckpt_path=last, weights_only=True)
+        best = folder / "checkpoints" / "best.ckpt"
+        trainer.test(module, ckpt_path=best, weights_only=True, verbose=False)
+        finish(module, folder, start)
+    except torch.OutOfMemoryError:
+        expect(False, "the GPU's memory is full: lower --batch_size or --seq_length")
+    except OSError as error:
+        full = error.errno == errno.ENOSPC
+        expect(not full, f"no space left for {folder}: free some, go on with --resume")
+        raise
+
+
+def predict(settings: dict) -> None:
+    """Writes the label and each class's probability of new reviews, as csv."""
+    last = os.path.join(FLAGS.logdir, "imdb", "version_0", "model")
+    model = FLAGS.model if FLAGS["model"].present else last
+    expect(os.path.isdir(model), f"--predict: no model in {model}: name it by --model")
+    config, file = check_model(model, 3), FLAGS.predict
+    kinds = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+    kind = kinds.get(pathlib.Path(file).suffix, "text")
+    try:
+        if file == "-":
+            reviews = Reviews.from_dict({"text": sys.stdin.read().splitlines()})
+        else:
+            reviews = datasets.load_dataset(kind, data_files=file, split="train")
+        reviews = reviews.select_columns("text")
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        expect(False, f"--predict={file}: expected reviews as text: {one_line(error)}")
+    trained = {k: config.get(k, settings[k]) for k in ("seq_length", "truncation")}
+    names = list(transformers.BertConfig(**config).id2label.values())
+    module = make_module(settings | trained | {"model": model}, names)
+    module.samples = {"predict": tokenise(reviews, module.tokenizer, *trained.values())}
+    trainer = pl.Trainer(
+        precision=settings["precision"],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    probabilities = torch.cat(trainer.predict(module))
+    order = torch.tensor(sum(trainer.predict_dataloaders.sampler.plan(), []))
+    table = csv.writer(sys.stdout)
+    table.writerow(["label", *names])
+    for row in probabilities[order.argsort()]:
+        table.writerow([names[row.argmax()], *(f"{p:.6f}" for p in row)])
+
+
+def quieten() -> None:
+    """Silences what a newcomer need not read; `load_bert` checks what is loaded."""
+    for logger in ("pytorch_lightning", "httpx2", "sh"):
+        logging.getLogger(logger).setLevel(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    for decided in (
+        ".*does not have many workers",  # see `serve`
+        ".*Checkpoint directory .* exists and is not empty",  # it does when resuming
+        ".*your dataloader is not resumable",  # it is: see `LengthGroupedBatches`
+        ".*recommended to use `Trainer.devices=1",  # no review is tested twice
+        ".*isinstance.treespec, LeafSpec",  # Lightning's own
+    ):
+        warnings.filterwarnings("ignore", decided)
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what a step frees, and spares it the page faults."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, in bytes
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, in bytes
+
+
+def fastest_precision() -> str:
+    """Returns bf16 where the hardware computes in it, else float32."""
+    if torch.cuda.is_available():
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        cpu = torch.cpu.get_capabilities()
+        bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    return "bf16-mixed" if bf16 else "32-true"
+
+
+def main(argv: list[str]) -> None:
+    expect(not argv[1:], f"unexpected {argv[1:]}: flags are given as --name=value")
+    quieten()
+    keep_freed_memory()
+    torch.set_float32_matmul_precision("high")
+    ours = {flag.name: flag.value for flag in FLAGS.get_key_flags_for_module(__name__)}
+    settings = {name: v for name, v in ours.items() if name not in RUN_FLAGS}
+    if FLAGS.precision == "auto":
+        settings["precision"] = fastest_precision()
+    (predict if FLAGS.predict else train)(settings)
+
+
+if __name__ == "__main__":
+    try:
+        app.run(main)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
