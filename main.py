@@ -65,6 +65,9 @@ FLAGS = flags.FLAGS
 # Flags that do not belong to the experiment: `--resume` lets them differ.
 RUN_FLAGS = ("debug", "predict", "resume", "logdir")
 TRAINER_FLAGS = ("epochs", "precision", "devices", "num_nodes", "strategy")
+SAVE_EVERY = 600  # seconds between two `last.ckpt`, at most
+say = rank_zero_only(functools.partial(print, flush=True))
+UNREADABLE = (datasets.exceptions.DatasetsError, OSError, ValueError)
 # What a run leaves in its folder; a folder with anything else is somebody's own.
 OURS = r"version_0(/(events\.out\.tf.*|hparams.yaml|checkpoints|model|results.json))?"
 
@@ -144,11 +147,6 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error.__cause__ or error).split())[:300]
 
 
-@rank_zero_only
-def say(line: str) -> None:
-    print(line, flush=True)
-
-
 def check_name(flag: str, name: str, look_up: Callable) -> None:
     """Refuses what is neither a local folder nor, within seconds, found on the Hub."""
     if os.path.isdir(name):
@@ -170,28 +168,23 @@ def load_reviews(dataset: str) -> datasets.DatasetDict:
     flag, splits = f"--dataset={dataset}: expected", datasets.DatasetDict()
     try:
         found = datasets.load_dataset(dataset)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+    except (*UNREADABLE, RuntimeError) as error:
         expect(False, f"{flag} a train and a test file of one kind: {one_line(error)}")
     for part in ("train", "test"):
         expect(part in found, f"{flag} the splits train and test, found {[*found]}")
         columns = found[part].column_names  # pandas calls a second text column text.1
-        once = {"text", "label"} <= {*columns} and not {"text.1", "label.1"} & {
-            *columns
-        }
+        again = {"text.1", "label.1"} & {*columns}
+        once = {"text", "label"} <= {*columns} and not again
         expect(once, f"{flag} one column text, one label; {part} has {columns}")
         splits[part] = split = found[part].select_columns(["text", "label"])
         for column, table in zip(split.column_names, split.data.columns, strict=True):
-            kind, empty = str(table.type), table.null_count
+            empty = table.null_count
             row = table.to_pylist().index(None) + 1 if empty else None
             lacks = f"{part} lacks {empty} of {len(split)}, the first in row {row}"
             expect(not empty, f"{flag} a {column} in every row, {lacks}")
-            sound = (
-                r"(large_)?string" if column == "text" else r"u?int\d+|(large_)?string"
-            )
-            kinds = "text that is a string, labels that are strings or whole numbers"
-            expect(
-                re.fullmatch(sound, kind), f"{flag} {kinds}; {part}: {column} is {kind}"
-            )
+            kinds = r"(large_)?string" + (r"|u?int\d+" if column == "label" else "")
+            wrong = f"strings, or whole numbers as labels; {column} is {table.type}"
+            expect(re.fullmatch(kinds, str(table.type)), f"{flag} {wrong} in {part}")
     labels = sorted(splits["train"].unique("label"))
     unknown = {*splits["test"].unique("label")} - {*labels}
     expect(not unknown, f"{flag} labels that train has too, only test has {unknown}")
@@ -212,7 +205,8 @@ def stratified(reviews: Reviews, percent: int, seed: int) -> tuple[Reviews, Revi
             train_size=size, stratify_by_column="label", seed=seed
         )
     except ValueError as error:
-        expect(False, f"too few reviews to draw {size} of {len(reviews)}: {error}")
+        few = f"too few reviews to draw {size} of {len(reviews)} ({error})"
+        expect(False, f"{few}: give more, or raise --percent")
     return parts["train"], parts["test"]
 
 
@@ -259,11 +253,6 @@ def tokenise(
     return samples.map(cut, batched=True, remove_columns="text", desc="Tokenising")
 
 
-def mix(*numbers: int) -> int:
-    """Makes one seed of several; Python hashes integers alike in every process."""
-    return hash(numbers) % 2**32
-
-
 class LengthGroupedBatches(torch.utils.data.Sampler):
     """Draws batches of reviews of like length, each review once, the longest first.
 
@@ -295,7 +284,9 @@ class LengthGroupedBatches(torch.utils.data.Sampler):
         """Returns this process's batches of the epoch, as rows of the sample."""
         lengths, order = self.lengths.double(), torch.arange(len(self))
         if self.seed is not None:
-            generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
+            # Python hashes integers alike in every process.
+            mixed = hash((self.seed, self.epoch)) % 2**32
+            generator = torch.Generator().manual_seed(mixed)
             # A jitter of 1 % makes new batches every epoch, for little padding.
             jitter = torch.rand(len(lengths), generator=generator, dtype=torch.double)
             lengths = lengths * (1 + jitter / 100)
@@ -315,7 +306,8 @@ def check_model(model: str, seq_length: int) -> dict:
     except OSError as error:
         expect(False, f"--model={model}: expected a config.json: {one_line(error)}")
     kind, most = config.get("model_type"), config.get("max_position_embeddings", 512)
-    expect(kind == "bert", f"--model={model}: expected a BERT, found model_type {kind}")
+    found = f"--model={model}: expected a BERT's config.json, found model_type {kind}"
+    expect(kind == "bert", found)
     expect(
         seq_length <= most, f"--seq_length={seq_length}: {model} takes {most} at most"
     )
@@ -324,9 +316,12 @@ def check_model(model: str, seq_length: int) -> dict:
 
 def load_tokenizer(model: str) -> transformers.BertTokenizer:
     """Loads a tokenizer that drops `<br />` tags and reads "[SEP]" as plain text."""
-    tokenizer = transformers.BertTokenizer.from_pretrained(
-        model, split_special_tokens=True
-    )
+    try:
+        tokenizer = transformers.BertTokenizer.from_pretrained(
+            model, split_special_tokens=True
+        )
+    except (OSError, ValueError) as error:
+        expect(False, f"--model={model}: expected a tokenizer: {one_line(error)}")
     # With its files missing, transformers makes one that knows special tokens only.
     known = len(tokenizer) > len(tokenizer.all_special_tokens)
     expect(known, f"--model={model}: expected a tokenizer, found no vocabulary")
@@ -348,11 +343,12 @@ def load_bert(
             problem_type="single_label_classification",
             attention_probs_dropout_prob=0.0,  # no less accurate, much faster on CPUs
             dtype=torch.float32,
+            attn_implementation="sdpa",  # whatever its config names
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # of an earlier classifier
             output_loading_info=True,
         )
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, safetensors.SafetensorError, pickle.UnpicklingError) as error:
         expect(False, f"--model={model}: expected sound safetensors: {one_line(error)}")
     new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     lost = [key for key in new if not key.startswith(("classifier.", "bert.pooler."))]
@@ -501,8 +497,11 @@ class IMDBSentimentClassifier(pl.LightningModule):
         logits = self(batch["input_ids"])
         return F.cross_entropy(logits, batch["labels"], reduction="none"), logits
 
-    def on_train_epoch_start(self) -> None:
-        self.pieces, self.epoch_start = 0, time.perf_counter()
+    def on_train_start(self) -> None:
+        self.pieces, self.clock = 0, time.perf_counter()
+
+    def on_train_epoch_start(self) -> None:  # which a resumed epoch lacks
+        self.on_train_start()
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         if self.trainer.training:  # counted before a GPU would have to be waited for
@@ -513,7 +512,8 @@ class IMDBSentimentClassifier(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Dropout follows from (seed, step), so that a resumed run draws the same.
-        torch.manual_seed(mix(self.hparams.seed, self.global_step, self.global_rank))
+        numbers = self.hparams.seed, self.global_step, self.global_rank
+        torch.manual_seed(hash(numbers) % 2**32)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         losses, logits = self.step(batch)
@@ -521,7 +521,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
         if self.global_step % self.trainer.log_every_n_steps == 0:
             finite, step = loss.isfinite(), self.global_step + 1
             expect(finite, f"the loss of step {step} is {loss:.0f}: try a lower --lr")
-            speed = self.pieces / (time.perf_counter() - self.epoch_start)
+            speed = self.pieces / (time.perf_counter() - self.clock)
             self.log("speed", speed * self.trainer.world_size, prog_bar=True)
         self.log_dict({"train_loss": loss, "train_acc": acc}, prog_bar=True)
         self.log("lr", self.optimizers().param_groups[0]["lr"])
@@ -553,8 +553,9 @@ class IMDBSentimentClassifier(pl.LightningModule):
         return self(batch["input_ids"]).softmax(-1)
 
     def on_train_epoch_end(self) -> None:
-        if not sys.stdout.isatty():  # a line instead of the bar
-            metrics = self.trainer.callback_metrics
+        metrics = self.trainer.callback_metrics
+        # No bar without a terminal; no metrics where a resumed run skips validation.
+        if not sys.stdout.isatty() and "val_acc" in metrics:
             names = ("train_loss", "train_acc", "val_loss", "val_acc", "speed")
             figures = [f"{name} {metrics[name]:.4g}" for name in names]
             say(f"Epoch {self.current_epoch}   {'  '.join(figures)}")
@@ -636,7 +637,7 @@ class LastCheckpoint(pl.callbacks.Checkpoint):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         # An epoch saved at its last step would be resumed without its validation.
         if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            self.save(trainer, time.monotonic() - self.saved > 600)
+            self.save(trainer, time.monotonic() - self.saved > SAVE_EVERY)
 
     def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self.save(trainer, True)
@@ -659,12 +660,20 @@ class LastCheckpoint(pl.callbacks.Checkpoint):
         sys.exit(128 + signum)
 
 
+def old_logdir(logdir: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(f"{os.path.abspath(logdir)}.old")
+
+
 def check_logdir(run: pathlib.Path) -> None:
     """Refuses a log folder that cannot be written, or holds what no run has left."""
     logdir, link = run.parent, run.is_symlink()
-    above = next(p for p in (logdir, *logdir.absolute().parents) if os.path.lexists(p))
-    writable = above.is_dir() and os.access(above, os.W_OK | os.X_OK)
-    expect(writable, f"--logdir={logdir}: expected a folder to write in, found {above}")
+    for place in (logdir, *([old_logdir(logdir)] if os.path.lexists(run) else [])):
+        above = (place, *place.absolute().parents)
+        above = next(path for path in above if os.path.lexists(path))
+        writable = above.is_dir() and os.access(above, os.W_OK | os.X_OK)
+        expect(
+            writable, f"--logdir={logdir}: expected a writable folder, found {above}"
+        )
     expect(link or not run.is_file(), f"--logdir={logdir}: {run} is a file, move it")
     for path in [] if link else [*run.glob("*"), *run.glob("version_0/*")]:
         ours = re.fullmatch(OURS, path.relative_to(run).as_posix())
@@ -679,7 +688,7 @@ def clear(run: pathlib.Path) -> None:
         files = [run] if run.is_symlink() else [run, *run.glob("version_0/*")]
         written = max(path.lstat().st_mtime for path in files)
         stamp = datetime.datetime.fromtimestamp(written).strftime("%Y-%m-%d_%H-%M-%S")
-        old = run.parent.with_name(f"{run.parent.resolve().name}.old") / stamp
+        old = old_logdir(run.parent) / stamp
         while os.path.lexists(old):
             old = old.with_name(f"{old.name}+")
         sh.mkdir("-p", "--", old.parent)
@@ -693,8 +702,9 @@ def check_resume(path: pathlib.Path, settings: dict) -> int:
     expect(path.exists(), f"--resume: nothing to resume, found no {path}")
     try:
         checkpoint = torch.load(path, "cpu", mmap=True, weights_only=True)
-        stored, step = checkpoint["hyper_parameters"], checkpoint["global_step"]
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError):
+        stored, step = dict(checkpoint["hyper_parameters"]), checkpoint["global_step"]
+        checkpoint["optimizer_states"]
+    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError):
         expect(False, f"--resume: {path} is no whole checkpoint of a run; start anew")
     for name, value in settings.items():
         was = stored.get(name)
@@ -761,31 +771,27 @@ def draw(
 def model_card(hp: dict, results: dict) -> str:
     """Returns the model's README.md, with the metadata that the Hub reads."""
     metrics, name = results["metrics"], pathlib.Path(hp["dataset"]).name
-    measured = huggingface_hub.EvalResult(
-        task_type="text-classification",
-        dataset_type=name if os.path.isdir(hp["dataset"]) else hp["dataset"],
-        dataset_name=name,
-        metric_type="accuracy",
-        metric_value=metrics["test_acc"],
-    )
-    data = huggingface_hub.ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-classification",
-        base_model=None if os.path.isdir(hp["model"]) else hp["model"],
-        datasets=None if os.path.isdir(hp["dataset"]) else [hp["dataset"]],
-        model_name=f"BERT on {name}",
-        eval_results=[measured],
-    )
+    own, local = hp["truncation"], os.path.isdir(hp["dataset"])
     low, high = metrics["test_acc_interval"]
     recipe = "\n".join(f"- {name}: {value}" for name, value in hp.items())
     return f"""---
-{data.to_yaml()}
+library_name: transformers
+pipeline_tag: text-classification
+base_model: {"bert" if os.path.isdir(hp["model"]) else hp["model"]}
+datasets: [{name if local else hp["dataset"]}]
+metrics: [accuracy]
+model-index:
+- name: BERT on {name}
+  results:
+  - task: {{type: text-classification}}
+    dataset: {{name: {name}, type: {name if local else hp["dataset"]}, split: test}}
+    metrics: [{{type: accuracy, value: {metrics["test_acc"]:.4f}}}]
 ---
 # BERT on {name}: {", ".join(hp["label_names"])}
 
 Test accuracy {metrics["test_acc"]:.4f}, 95 % interval {low:.4f} to {high:.4f}.
-`pipeline("text-classification", model=FOLDER, truncation=True)` loads it, and keeps the
-{"end" if hp["truncation"] == "tail" else "beginning"} of a long text.
+`pipeline("text-classification", model=FOLDER, truncation=True)` loads it and keeps the
+{"end" if own == "tail" else "beginning"} of a long text; training kept its {own}.
 
 ## How it was trained
 {recipe}
@@ -858,13 +864,13 @@ def make_trainer(folder: pathlib.Path, precision: str, step: int | None) -> pl.T
         purge_step=step,
     )
     best = pl.callbacks.ModelCheckpoint(
-        folder / "checkpoints",
-        "best",
+        filename="best",
         monitor="val_acc",
         mode="max",
         save_weights_only=True,
         enable_version_counter=False,
     )
+    best.dirpath = os.path.abspath(folder / "checkpoints")  # given it, it follows links
     callbacks = [best, LastCheckpoint(folder / "checkpoints" / "last.ckpt")]
     every = 10 if torch.cuda.is_available() else 1  # steps: logging waits for a GPU
     terminal = sys.stdout.isatty()
@@ -939,7 +945,11 @@ def predict(settings: dict) -> None:
         else:
             reviews = datasets.load_dataset(kind, data_files=file, split="train")
         reviews = reviews.select_columns("text")
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        column = reviews.data.column("text")
+        sound = not column.null_count and "string" in str(column.type)
+        lacks = f"{column.null_count} of {len(reviews)} lack it, it is {column.type}"
+        expect(sound, f"--predict={file}: expected text in every row, {lacks}")
+    except UNREADABLE as error:
         expect(False, f"--predict={file}: expected reviews as text: {one_line(error)}")
     trained = {k: config.get(k, settings[k]) for k in ("seq_length", "truncation")}
     names = list(transformers.BertConfig(**config).id2label.values())
@@ -962,9 +972,10 @@ def predict(settings: dict) -> None:
 
 def quieten() -> None:
     """Silences what a newcomer need not read; `load_bert` checks what is loaded."""
-    for logger in ("pytorch_lightning", "httpx2", "sh"):
+    for logger in ("pytorch_lightning", "lightning_fabric", "httpx2", "sh"):
         logging.getLogger(logger).setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # it raises what it logs
     transformers.logging.disable_progress_bar()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -1005,11 +1016,11 @@ def main(argv: list[str]) -> None:
     settings = {name: v for name, v in ours.items() if name not in RUN_FLAGS}
     if FLAGS.precision == "auto":
         settings["precision"] = fastest_precision()
-    (predict if FLAGS.predict else train)(settings)
+    try:
+        (train if FLAGS.predict is None else predict)(settings)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":
-    try:
-        app.run(main)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    app.run(main)

@@ -1,0 +1,315 @@
+"""What the network computes, how it is trained, and what is measured of it."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import transformers
+from conftest import SETTINGS, call, piece_ids
+from torch.nn import functional as F
+from torch.optim import optimizer as optimizers
+
+import main
+
+Run = Callable[..., pathlib.Path]
+Module = main.IMDBSentimentClassifier
+EPOCHS, TRAIN = SETTINGS["epochs"], 117  # half of 260 reviews, less a tenth
+STEPS = EPOCHS * math.ceil(TRAIN / SETTINGS["batch_size"])
+
+
+@pytest.fixture
+def module(bert: str, reviews: str) -> Module:
+    pl.seed_everything(SETTINGS["seed"], verbose=False)
+    values = SETTINGS | {"dataset": reviews, "model": bert, "optimizer": "adamw"}
+    own = {k: v for k, v in values.items() if k not in ("epochs", "precision")}
+    return Module(label_names=["neg", "pos"], **own)
+
+
+def draw_ids(module: Module, rows: int, length: int) -> torch.Tensor:
+    """Returns <int64>[rows, length] of [CLS], random word-pieces, [SEP]."""
+    ids = torch.randint(5, len(module.tokenizer), (rows, length))
+    ids[:, 0], ids[:, -1] = module.tokenizer.cls_token_id, module.tokenizer.sep_token_id
+    return ids
+
+
+# Forward
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_padding_does_not_change_logits(module: Module, attention: str) -> None:
+    module.eval().bert.set_attn_implementation(attention)
+    ids = draw_ids(module, 3, 9)
+    longer = torch.full((4, 20), module.tokenizer.pad_token_id)
+    longer[:3, :9], longer[3] = ids, draw_ids(module, 1, 20)
+    with torch.no_grad():
+        alone = torch.cat([module(row[None]) for row in ids])
+        among = module(longer)
+    torch.testing.assert_close(among[:3], alone, atol=1e-5, rtol=0)
+    assert (alone[0] - alone[1]).abs().max() > 1e-2  # the weights do tell them apart
+    assert among.shape == (4, 2) and among.dtype == torch.float32
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_logits_and_gradients_equal_those_of_plain_transformers(
+    module: Module, tmp_path: pathlib.Path, attention: str, padded: bool
+) -> None:
+    module.export(tmp_path)
+    plain = transformers.BertForSequenceClassification.from_pretrained(
+        tmp_path, attn_implementation=attention
+    ).eval()
+    module.eval().bert.set_attn_implementation(attention)
+    ids, labels = draw_ids(module, 5, 12), torch.tensor([0, 1, 1, 0, 1])
+    if padded:
+        ids[1, 7:] = ids[4, 3:] = module.tokenizer.pad_token_id
+    mask = ids.ne(module.tokenizer.pad_token_id)
+    ours, theirs = module(ids), plain(ids, attention_mask=mask).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    for logits in (ours, theirs):
+        F.cross_entropy(logits, labels).backward()
+    names = dict(plain.named_parameters())
+    assert names.keys() == dict(module.bert.named_parameters()).keys()
+    for name, parameter in module.bert.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad, names[name].grad, atol=1e-5, rtol=1e-3, msg=name
+        )
+
+
+def test_parameters_are_float32_even_from_a_bfloat16_checkpoint(
+    bert: str, tmp_path: pathlib.Path
+) -> None:
+    half = transformers.BertModel.from_pretrained(bert, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path)
+    kinds = {p.dtype for p in main.load_bert(str(tmp_path), ["a", "b"]).parameters()}
+    assert kinds == {torch.float32}
+
+
+# Dropout
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
+    torch.manual_seed(3)
+    for share in (0.0, 0.1, 0.5):
+        x = torch.full((401, 501), 2.0)  # 200,901 elements, not a multiple of four
+        out = main.Dropout(share)(x)
+        zeros = out == 0
+        assert zeros.double().mean().item() == pytest.approx(share, abs=0.005)
+        assert zeros.double().mean(0).max() < share + 0.2  # in no place more
+        assert out.double().mean().item() == pytest.approx(2, abs=0.02)
+        torch.testing.assert_close(out[~zeros], x[~zeros] / (1 - share))
+
+
+def test_dropout_passes_gradients_where_it_passes_values() -> None:
+    x = torch.ones(999, requires_grad=True)
+    out = main.Dropout(0.3)(x)
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, out.detach())
+
+
+def test_dropout_follows_from_the_torch_seed() -> None:
+    dropout, x = main.Dropout(0.3), torch.ones(999)
+    drawn = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        drawn.append(dropout(x))
+    assert drawn[0].equal(drawn[1]) and not drawn[0].equal(drawn[2])
+    assert dropout.eval()(x).equal(x)
+
+
+# A real run, watched
+
+
+@dataclasses.dataclass
+class Notes:
+    """What was seen of a run, a list's item for each step."""
+
+    batches: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    train_differs: list[bool] = dataclasses.field(default_factory=list)
+    val_differs: list[bool] = dataclasses.field(default_factory=list)
+    groups: list[list[dict]] = dataclasses.field(default_factory=list)
+    norms: list[float] = dataclasses.field(default_factory=list)  # of the gradient
+    before: list[list[torch.Tensor]] = dataclasses.field(default_factory=list)
+    after: list[list[torch.Tensor]] = dataclasses.field(default_factory=list)
+    names: dict[torch.Tensor, str] = dataclasses.field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[Notes]:
+    """Takes notes of a run's batches, and of what each step does to the parameters."""
+    notes, train, validate = Notes(), Module.training_step, Module.validation_step
+
+    def differs(module: Module, batch: dict[str, torch.Tensor]) -> bool:
+        """Whether two forward passes differ; leaves the run's random numbers alone."""
+        with torch.no_grad(), torch.random.fork_rng():
+            return not module(batch["input_ids"]).equal(module(batch["input_ids"]))
+
+    def training_step(module: Module, batch: dict, batch_idx: int) -> torch.Tensor:
+        notes.names = {p: name for name, p in module.named_parameters()}
+        notes.batches.append(batch["input_ids"])
+        notes.train_differs.append(differs(module, batch))
+        return train(module, batch, batch_idx)
+
+    def validation_step(module: Module, batch: dict, batch_idx: int) -> None:
+        notes.val_differs.append(differs(module, batch))
+        validate(module, batch, batch_idx)
+
+    def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        notes.groups.append([{**group} for group in optimizer.param_groups])
+        own = [p for group in optimizer.param_groups for p in group["params"]]
+        notes.before.append([p.detach().clone() for p in own])
+
+    def after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        own = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in own if p.grad is not None]
+        notes.norms.append(torch.nn.utils.get_total_norm(gradients).item())
+        notes.after.append([p.detach().clone() for p in own])
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        optimizers.register_optimizer_step_pre_hook(before),
+        optimizers.register_optimizer_step_post_hook(after),
+    ):
+        patch.setattr(Module, "training_step", training_step)
+        patch.setattr(Module, "validation_step", validation_step)
+        yield notes
+
+
+@pytest.fixture(scope="module")
+def notes(tmp_path_factory: pytest.TempPathFactory, bert: str, reviews: str) -> Notes:
+    """Notes of a whole run under `SETTINGS`."""
+    logdir = str(tmp_path_factory.mktemp("watched") / "logs")
+    with watched() as notes:
+        call(dataset=reviews, model=bert, logdir=logdir)
+    return notes
+
+
+def test_dropout_is_on_in_training_and_off_in_validation(notes: Notes) -> None:
+    assert all(notes.train_differs) and len(notes.train_differs) == STEPS
+    assert not any(notes.val_differs) and len(notes.val_differs) == 2 * EPOCHS
+
+
+def test_training_drops_nothing(notes: Notes) -> None:
+    assert sum(map(len, notes.batches)) == EPOCHS * TRAIN
+    assert max(map(len, notes.batches)) <= SETTINGS["batch_size"]
+
+
+def test_the_rate_rises_and_falls_linearly_by_step(
+    notes: Notes, trained: pathlib.Path
+) -> None:
+    rates = [[group["lr"] for group in groups] for groups in notes.groups]
+    peak, rise = SETTINGS["lr"], SETTINGS["warmup"] * STEPS  # 48 steps, 12 of them up
+    for step, factor in (
+        (0, 0),
+        (1, 1 / 12),
+        (6, 0.5),
+        (12, 1),
+        (30, 0.5),
+        (47, 1 / 36),
+    ):
+        assert rates[step] == [pytest.approx(peak * factor)] * 2
+    assert (STEPS, rise, len(rates)) == (48, 12, 48)
+
+
+def test_weight_decay_spares_vectors_and_momentum_is_the_first_beta(
+    notes: Notes,
+) -> None:
+    for group in notes.groups[0]:
+        assert group["betas"] == (SETTINGS["momentum"], 0.999)
+        for parameter in group["params"]:
+            decay = SETTINGS["weight_decay"] if parameter.ndim > 1 else 0
+            assert group["weight_decay"] == decay
+    parameters = [p for group in notes.groups[0] for p in group["params"]]
+    assert sorted(map(id, parameters)) == sorted(map(id, notes.names))  # each, once
+
+
+def test_gradients_are_clipped_to_norm_1(notes: Notes) -> None:
+    assert max(notes.norms) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_one_step_moves_every_parameter_and_all_are_float32(
+    run: Run, precision: str
+) -> None:
+    with watched() as notes:
+        run(debug=True, warmup=0.0, weight_decay=0.0, precision=precision)
+    assert len(notes.batches) == len(notes.before) == 1
+    batch = notes.batches[0]
+    used = {  # rows of the embeddings; decay being off, the others must stay
+        "word": batch[batch != 0].unique(),
+        "position": torch.arange(batch.shape[1]),
+        "token_type": torch.tensor([0]),
+    }
+    parameters = [p for group in notes.groups[0] for p in group["params"]]
+    assert {*parameters} == {*notes.names}
+    moves = zip(parameters, notes.before[0], notes.after[0], strict=True)
+    for parameter, before, after in moves:
+        assert after.dtype == torch.float32
+        moved, name = before != after, notes.names[parameter]
+        if "embeddings" in name and "LayerNorm" not in name:
+            rows = used[name.split(".")[-2].removesuffix("_embeddings")]
+            assert moved.any(1).nonzero()[:, 0].tolist() == rows.tolist(), name
+            moved = moved[rows]
+        assert moved.double().mean() > 0.9, name
+
+
+def test_sgd_has_a_constant_rate_and_momentum(run: Run) -> None:
+    with watched() as notes:
+        run(optimizer="sgd", lr=0.011, epochs=1)
+    assert len(notes.groups) == STEPS // EPOCHS
+    for (group,) in notes.groups:
+        assert (group["lr"], group["momentum"]) == (0.011, SETTINGS["momentum"])
+        assert group["weight_decay"] == 0 and "betas" not in group
+
+
+# Metrics
+
+
+def test_metrics_equal_a_plain_loop_over_reviews(
+    trained: pathlib.Path, bert: str, reviews: str
+) -> None:
+    results = json.loads((trained / "results.json").read_text())
+    samples = main.load_samples(reviews, SETTINGS["percent"], SETTINGS["seed"])
+    assert (len(samples["val"]), len(samples["test"])) == (13, 47)  # ragged, by tens
+    tokenizer = transformers.BertTokenizer.from_pretrained(bert)
+    model = transformers.BertForSequenceClassification.from_pretrained(
+        trained / "model"
+    ).eval()
+    cut = SETTINGS["seq_length"], SETTINGS["truncation"]
+    for part in ("val", "test"):
+        losses, sure, right = [], [], []
+        confusion = [[0, 0], [0, 0]]
+        for review in samples[part]:
+            ids = torch.tensor([piece_ids(tokenizer, review["text"], *cut)])
+            with torch.no_grad():
+                probabilities = model(ids).logits[0].softmax(-1).tolist()
+            label, predicted = review["label"], probabilities[1] > probabilities[0]
+            losses.append(-math.log(probabilities[label]))
+            sure.append(max(probabilities))
+            right.append(label == predicted)
+            confusion[label][predicted] += 1
+        f1 = [
+            2
+            * confusion[k][k]
+            / (sum(confusion[k]) + confusion[0][k] + confusion[1][k])
+            for k in (0, 1)
+        ]
+        ece = 0.0  # over 15 bins of certainty
+        for low in range(15):
+            inside = [i for i, p in enumerate(sure) if low / 15 < p <= (low + 1) / 15]
+            ece += abs(sum(sure[i] - right[i] for i in inside)) / len(sure)
+        plain = {
+            f"{part}_loss": sum(losses) / len(losses),
+            f"{part}_acc": sum(right) / len(right),
+            f"{part}_f1": sum(f1) / 2,
+            f"{part}_ece": ece,
+        }
+        got = {name: results["metrics"][name] for name in plain}
+        assert got == pytest.approx(plain, rel=1e-5)
+        assert part == "val" or results["confusion"] == confusion

@@ -1,0 +1,397 @@
+"""What a run leaves: files, numbers, lines; and what it leaves alone."""
+
+import csv
+import io
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import datasets
+import demo
+import pytest
+import torch
+import transformers
+from absl.testing import flagsaver
+from conftest import SETTINGS, call, write_reviews
+from tensorboard.backend.event_processing import event_accumulator
+
+import main
+
+Run = Callable[..., pathlib.Path]
+Module = main.IMDBSentimentClassifier
+METRICS = ("loss", "acc", "f1", "ece")
+RUN_FILES = {
+    "hparams.yaml",
+    "results.json",
+    "checkpoints/best.ckpt",
+    "checkpoints/last.ckpt",
+    "model/README.md",
+    "model/config.json",
+    "model/model.safetensors",
+    "model/tokenizer.json",
+    "model/tokenizer_config.json",
+}
+
+
+def files(folder: pathlib.Path) -> dict[str, bytes]:
+    """Returns what a folder holds, the tail of event files' names left out."""
+    return {
+        re.sub("tfevents.*", "tfevents", path.relative_to(folder).as_posix()): (
+            path.read_bytes()
+        )
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def read_results(folder: pathlib.Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def label(model: pathlib.Path, texts: list[str]) -> list[str]:
+    """Labels texts as a user of the exported model would."""
+    pipeline = transformers.pipeline(
+        "text-classification", model=str(model), truncation=True
+    )
+    return [answer["label"] for answer in pipeline(texts)]
+
+
+# Files and numbers
+
+
+def test_a_run_leaves_exactly_its_files(trained: pathlib.Path) -> None:
+    events = {"events.out.tfevents"}
+    assert files(trained).keys() == RUN_FILES | events
+    assert [*trained.parents[1].iterdir()] == [trained.parent]  # logs/imdb
+    assert [*trained.parents[2].iterdir()] == [trained.parents[1]]  # logs
+
+
+def test_results_hold_metrics_sizes_flags_and_versions(
+    trained: pathlib.Path, bert: str, reviews: str
+) -> None:
+    results, seed = read_results(trained), SETTINGS["seed"]
+    names = [f"{part}_{kind}" for part in ("val", "test") for kind in METRICS]
+    assert results["metrics"].keys() == {*names, "test_acc_interval"}
+    samples = main.load_samples(reviews, SETTINGS["percent"], seed)
+    for part, sample in samples.items():
+        neg = sample["label"][:].count(0)
+        assert results["samples"][part] == {"neg": neg, "pos": len(sample) - neg}
+    flags = {"dataset": reviews, "model": bert} | SETTINGS
+    assert results["flags"].items() >= flags.items()
+    assert results["versions"]["torch"] == torch.__version__
+    assert results["versions"]["transformers"] == transformers.__version__
+    assert 0 < results["seconds"] < 120
+    share, interval = results["metrics"]["test_acc"], main.wilson
+    assert results["metrics"]["test_acc_interval"] == interval(share, 47)
+    assert sum(map(sum, results["confusion"])) == 47
+
+
+@pytest.mark.parametrize("share, n, low, high", [(0.8, 10, 0.4902, 0.9433)])
+def test_the_interval_is_wilsons(share: float, n: int, low: float, high: float) -> None:
+    assert main.wilson(share, n) == pytest.approx([low, high], abs=5e-5)
+
+
+def test_tensorboard_shows_the_whole_run(trained: pathlib.Path) -> None:
+    log = event_accumulator.EventAccumulator(str(trained)).Reload()
+    shown = {*log.Tags()["scalars"]}
+    losses = {f"{part}_{kind}" for part in ("val", "test") for kind in METRICS}
+    assert shown >= {"train_loss", "train_acc", "lr", "speed", *losses}
+    assert not [name for name in shown if "hp_metric" in name]
+    steps = [event.step for event in log.Scalars("train_loss")]
+    assert steps == [event.step for event in log.Scalars("lr")] == list(range(48))
+    rates = [event.value for event in log.Scalars("lr")]
+    assert rates[6] == pytest.approx(SETTINGS["lr"] / 2)  # half-way up, 12 steps
+    assert all(event.value > 0 for event in log.Scalars("speed"))
+    results = read_results(trained)
+    assert [event.step for event in log.Scalars("val_acc")] == [23, 47]
+    best = log.Scalars("val_acc")[results["best_epoch"]].value
+    assert best == max(event.value for event in log.Scalars("val_acc"))
+    assert best == pytest.approx(results["metrics"]["val_acc"])
+    for name in ("test_loss", "test_acc"):
+        (event,) = log.Scalars(name)
+        assert event.value == pytest.approx(results["metrics"][name])
+
+
+# The exported model
+
+
+@pytest.mark.parametrize("truncation", ["tail", "head"])
+def test_the_exported_model_has_the_accuracy_that_results_say(
+    trained: pathlib.Path, run: Run, reviews: str, truncation: str
+) -> None:
+    default = SETTINGS["truncation"] == truncation
+    folder = trained if default else run(truncation=truncation)
+    test = main.load_samples(reviews, SETTINGS["percent"], SETTINGS["seed"])["test"]
+    names = test.features["label"].names
+    labels = [names.index(name) for name in label(folder / "model", test["text"][:])]
+    confusion = [[0, 0], [0, 0]]
+    for row, predicted in zip(test["label"], labels, strict=True):
+        confusion[row][predicted] += 1
+    results = read_results(folder)
+    assert results["confusion"] == confusion
+    right = confusion[0][0] + confusion[1][1]
+    assert results["metrics"]["test_acc"] == pytest.approx(right / len(test))
+    assert 0 < right < len(test)  # else labels could be exchanged unnoticed
+
+
+def test_the_best_epoch_is_tested_and_exported_not_the_last(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validate, first = Module.validation_step, {}
+
+    def worse_and_worse(module: Module, batch: dict, batch_idx: int) -> None:
+        predicted = module(batch["input_ids"]).argmax(-1)
+        right = module.current_epoch == 0
+        labels = predicted if right else 1 - predicted
+        if right:
+            first.update({k: v.clone() for k, v in module.bert.state_dict().items()})
+        validate(module, batch | {"labels": labels}, batch_idx)
+
+    monkeypatch.setattr(Module, "validation_step", worse_and_worse)
+    tested = {}
+    monkeypatch.setattr(
+        Module, "on_test_start", lambda module: tested.update(module.bert.state_dict())
+    )
+    folder = run()
+    results = read_results(folder)
+    assert (results["best_epoch"], results["metrics"]["val_acc"]) == (0, 1)
+    exported = transformers.BertForSequenceClassification.from_pretrained(
+        folder / "model"
+    ).state_dict()
+    assert exported.keys() == first.keys()
+    for name, weights in first.items():
+        assert exported[name].equal(weights) and tested[name].equal(weights)
+    last = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+    name = "classifier.weight"
+    assert not last["state_dict"][f"bert.{name}"].equal(first[name])
+
+
+def test_three_classes_of_a_csv_are_trained_and_named(
+    run: Run, tmp_path: pathlib.Path
+) -> None:
+    words = {
+        "so-so": demo.WORDS[0].split()[8:16],
+        "bad": demo.WORDS[1].split(),
+        "good": demo.WORDS[2].split(),
+    }
+    labels = [*words] * 20
+    texts = [
+        " ".join(words[name][(i + k) % 8] for k in range(3 + i % 4))
+        for i, name in enumerate(labels)
+    ]
+    folder = write_reviews(
+        tmp_path / "own", "csv",
+        {"text": texts, "label": labels}, {"text": texts[:9], "label": labels[:9]},
+    )  # fmt: skip
+    run_folder = run(dataset=folder, percent=100, epochs=6, lr=5e-3)
+    results, model = read_results(run_folder), run_folder / "model"
+    assert results["samples"]["val"] == {"bad": 2, "good": 2, "so-so": 2}
+    config = json.loads((model / "config.json").read_text())
+    assert config["id2label"] == {"0": "bad", "1": "good", "2": "so-so"}
+    assert results["metrics"]["test_acc"] == 1
+    assert label(model, texts[:6]) == labels[:6]
+
+
+def test_a_learnable_set_is_learned(
+    run: Run, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    reviews = demo.make_reviews(tmp_path_factory.mktemp("more"), 600, 200, sure=1)
+    folder = run(dataset=reviews, percent=100, batch_size=16)
+    results = read_results(folder)
+    assert results["metrics"]["test_acc"] > 0.95
+    assert sum(results["samples"]["test"].values()) == 200
+
+
+# Again, and earlier runs
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
+    trained: pathlib.Path, run: Run, tmp_path: pathlib.Path
+) -> None:
+    torch.rand(1)
+    again, other = run(), run(seed=4, logdir=str(tmp_path / "other"))
+    weights = [
+        (folder / "model/model.safetensors").read_bytes()
+        for folder in (trained, again, other)
+    ]
+    assert weights[0] == weights[1] != weights[2]
+    metrics = [read_results(folder)["metrics"] for folder in (trained, again, other)]
+    assert metrics[0] == metrics[1] != metrics[2]
+
+
+def test_a_resumed_run_ends_in_the_same_bits(
+    trained: pathlib.Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Module.training_step
+
+    def interrupted(module: Module, batch: dict, batch_idx: int) -> torch.Tensor:
+        if (module.current_epoch, batch_idx) == (1, 5):
+            os.kill(os.getpid(), 15)  # SIGTERM
+        return step(module, batch, batch_idx)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(Module, "training_step", interrupted)
+        run()
+    assert stopped.value.code == 128 + 15
+    folder = run(resume=True)
+    ours, theirs = files(folder), files(trained)
+    assert ours.keys() - {"events.out.tfevents"} == theirs.keys() - {
+        "events.out.tfevents"
+    }
+    for name in ("model/model.safetensors", "model/config.json"):
+        assert ours[name] == theirs[name]
+    assert read_results(folder)["metrics"] == read_results(trained)["metrics"]
+
+
+def test_earlier_logs_are_moved_and_not_lost(run: Run, tmp_path: pathlib.Path) -> None:
+    earlier = tmp_path / "logs/imdb/version_0"
+    (earlier / "model").mkdir(parents=True)
+    (earlier / "model/config.json").write_text("{}")
+    (earlier / "results.json").write_text("an earlier result")
+    for path in (*earlier.rglob("*"), earlier, earlier.parent):
+        os.utime(path, (1_000_000_000,) * 2)
+    before = files(tmp_path / "logs/imdb")
+    stamp = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(1_000_000_000))
+    (tmp_path / "logs.old" / stamp).mkdir(parents=True)  # of another run, as old
+    (tmp_path / "logs.old" / stamp / "results.json").write_text("the other's")
+    (tmp_path / "logs" / "mine.txt").write_text("no run's")
+    folder = run(epochs=1)
+    assert read_results(folder)["flags"]["epochs"] == 1
+    assert files(folder).keys() == RUN_FILES | {"events.out.tfevents"}
+    assert files(tmp_path / "logs.old" / stamp) == {"results.json": b"the other's"}
+    others = {path.name for path in (tmp_path / "logs.old").iterdir()} - {stamp}
+    (name,) = others
+    assert name.startswith(stamp)
+    assert files(tmp_path / "logs.old" / name) == before
+    assert (tmp_path / "logs" / "mine.txt").read_text() == "no run's"
+
+
+def test_debug_walks_the_whole_way_and_leaves_other_runs_alone(
+    run: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "logs/imdb/version_0/results.json"
+    other.parent.mkdir(parents=True)
+    other.write_text("of another run")
+
+    def no_network(*_: object) -> None:
+        raise AssertionError("a local run has no business on the network")
+
+    monkeypatch.setattr("socket.socket.connect", no_network)
+    monkeypatch.setattr("socket.getaddrinfo", no_network)
+    for _ in range(2):  # the second takes the place of the first
+        folder = run(debug=True)
+        assert folder == tmp_path / "logs/debug/version_0"
+        assert files(folder).keys() == RUN_FILES | {"events.out.tfevents"}
+        log = event_accumulator.EventAccumulator(str(folder)).Reload()
+        assert [event.step for event in log.Scalars("train_loss")] == [0]
+    assert files(tmp_path / "logs/imdb") == {
+        "version_0/results.json": b"of another run"
+    }
+    assert {path.name for path in tmp_path.iterdir()} == {"logs"}
+
+
+def test_importing_main_touches_nothing(tmp_path: pathlib.Path) -> None:
+    earlier = tmp_path / "logs/imdb/version_0/results.json"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("an earlier result")
+    clean = {"PYTHONPATH": str(demo.MAIN.parent), "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", "import main"],
+        cwd=tmp_path,
+        env=os.environ | clean | {"PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert files(tmp_path) == {"logs/imdb/version_0/results.json": b"an earlier result"}
+
+
+# As a user would
+
+
+def test_the_command_tells_the_data_each_epoch_and_the_result(
+    commanded: tuple[pathlib.Path, list[str], subprocess.CompletedProcess[str]],
+    trained: pathlib.Path,
+) -> None:
+    folder, _, done = commanded
+    assert (done.returncode, done.stderr) == (0, "")
+    run = folder / "logs/imdb/version_0"
+    results = read_results(run)
+    for part, sizes in results["samples"].items():
+        counts = f"neg {sizes['neg']}, pos {sizes['pos']}"
+        line = rf"{part} +{sum(sizes.values())} reviews: {counts}\n"
+        assert re.search(line, done.stdout)
+    for epoch in (0, 1):
+        line = rf"Epoch {epoch} .*train_loss [\d.]+ .*val_acc [\d.]+ "
+        assert re.search(line, done.stdout)
+    low, high = (100 * bound for bound in results["metrics"]["test_acc_interval"])
+    share = f"{100 * results['metrics']['test_acc']:.2f} %"
+    end = done.stdout[done.stdout.index("Test ") :]
+    assert f"accuracy {share} (95 % interval {low:.2f} to {high:.2f} %)" in end
+    assert "47 reviews" in end
+    assert "tensorboard --logdir logs\n" in end
+    assert 'model="logs/imdb/version_0/model", truncation=True' in end
+    # A process of its own comes to the same bits.
+    weights = (run / "model/model.safetensors").read_bytes()
+    assert weights == (trained / "model/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "txt", "-"])
+def test_predict_labels_each_review_in_order_as_the_pipeline_does(
+    trained: pathlib.Path,
+    reviews: str,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+) -> None:
+    path = pathlib.Path(reviews, "test.parquet")
+    texts = datasets.Dataset.from_parquet(str(path))["text"][30:60]
+    file = str(tmp_path / f"test.{kind}")
+    if kind == "-":
+        file = "-"
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(texts) + "\n"))
+    elif kind == "txt":
+        pathlib.Path(file).write_text("\n".join(texts) + "\n")
+    else:
+        write_reviews(tmp_path, kind, None, {"text": texts, "label": [0] * len(texts)})
+    # What the model was trained with wins over these flags.
+    other = {"seq_length": 12, "truncation": "head", "seed": 5}
+    before = files(trained.parents[1])
+    capsys.readouterr()
+    call(predict=file, logdir=str(trained.parents[1]), **other)
+    header, *rows = csv.reader(capsys.readouterr().out.splitlines())
+    assert header == ["label", "neg", "pos"]
+    assert [row[0] for row in rows] == label(trained / "model", texts)
+    assert {row[0] for row in rows} == {"neg", "pos"}
+    for name, *shares in rows:
+        neg, pos = map(float, shares)
+        assert neg + pos == pytest.approx(1, abs=2e-6)
+        assert name == ("pos" if pos > neg else "neg")
+    assert files(trained.parents[1]) == before
+
+
+def test_the_demo_shows_a_run_that_learns(
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    logs = tmp_path / "other" / "logs"
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--epochs=3", f"--logdir={logs}"])
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as done:
+        demo.demo()
+    assert not done.value.code
+    results = read_results(logs / "imdb" / "version_0")
+    assert results["metrics"]["test_acc"] > 0.9
+    (folder,) = tmp_path.glob("demo-*")
+    assert results["flags"]["dataset"] == str(folder / "reviews")
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"$ python {demo.MAIN} --dataset={folder}/reviews ")
+    assert "Epoch 2" in shown and "Epoch 3" not in shown and "accuracy" in shown
+    assert shown.endswith(f"lie in {folder}\n")
