@@ -198,7 +198,7 @@ def load_reviews(dataset: str) -> datasets.DatasetDict:
 
 
 def stratified(reviews: Reviews, percent: int, seed: int) -> tuple[Reviews, Reviews]:
-    """Draws a percentage of the reviews, of each class alike; returns it and the rest."""
+    """Draws a percentage of reviews, of each class alike; returns it and the rest."""
     size = round(len(reviews) * percent / 100)
     try:
         parts = reviews.train_test_split(
@@ -268,8 +268,9 @@ class LengthGroupedBatches(torch.utils.data.Sampler):
     """
 
     def __init__(
-        self, lengths: torch.Tensor, batch_size: int, rank: int = 0, world_size: int = 1,
-        seed: int | None = None, done: Callable[[], int] = lambda: 0,
+        self, lengths: torch.Tensor, batch_size: int, rank: int = 0,
+        world_size: int = 1, seed: int | None = None,
+        done: Callable[[], int] = lambda: 0,
     ) -> None:  # fmt: skip
         self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
         self.rank, self.world_size, self.done, self.epoch = rank, world_size, done, 0
@@ -579,7 +580,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        # Here, as Lightning refuses to clip for a fused optimiser under mixed precision.
+        # Lightning itself refuses to clip for a fused optimiser in mixed precision.
         torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
 
     # Checkpoints.
@@ -614,11 +615,14 @@ class WholeCheckpointIO(pl.plugins.TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict, path: str, *_: Any, **__: Any) -> None:
         partial = pathlib.Path(f"{path}.partial")
         partial.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        try:
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 class LastCheckpoint(pl.callbacks.Checkpoint):
@@ -755,17 +759,18 @@ def draw(
     log.add_text("test_confusion", table, step)
     log.add_text("settings", "\n".join(f"    {k}={v}" for k, v in hp.items()), step)
     certainty, predicted = probabilities.max(-1)
-    certainty = certainty.where(predicted != labels, 0)
+    surest = certainty.where(predicted != labels, 0).argsort(descending=True)
+    errors = int((predicted != labels).sum())
     head, decode = head_room(hp.seq_length, hp.truncation), module.tokenizer.decode
-    for place, i in enumerate(certainty.argsort(descending=True)[:20].tolist(), 1):
-        if certainty[i]:
-            review = module.samples["test"][int(rows[i])]
-            pieces, cut = review["input_ids"][1:-1], review["cut"]
-            mark = f" [{cut} word-pieces cut] " if cut else " "
-            seen = mark.join([decode(pieces[:head]), decode(pieces[head:])])
-            verdict = f"{names[labels[i]]} taken for {names[predicted[i]]}"
-            text = f"**{verdict} at {100 * certainty[i]:.1f} %:** {seen}"
-            log.add_text(f"test_worst/{place:02}", text, step)
+    worst = []
+    for i in surest[: min(20, errors)].tolist():
+        review = module.samples["test"][int(rows[i])]
+        pieces, cut = review["input_ids"][1:-1], review["cut"]
+        mark = f" **[{cut} word-pieces cut]** " if cut else " "
+        seen = mark.join([decode(pieces[:head]), decode(pieces[head:])])
+        verdict = f"{names[labels[i]]} taken for {names[predicted[i]]}"
+        worst.append(f"1. **{verdict} at {100 * certainty[i]:.1f} %:** {seen}")
+    log.add_text("test_worst", "\n".join(worst), step)
 
 
 def model_card(hp: dict, results: dict) -> str:
@@ -804,7 +809,7 @@ calibration error on the test sample is {metrics["test_ece"]:.4f}.
 
 @rank_zero_only
 def finish(module: IMDBSentimentClassifier, folder: pathlib.Path, start: float) -> None:
-    """Exports the best epoch, writes results, card and pictures, and says the result."""
+    """Exports the best epoch, writes results and pictures, and says the result."""
     hp, trainer, names = module.hparams, module.trainer, module.hparams.label_names
     best = torch.load(folder / "checkpoints/best.ckpt", mmap=True, weights_only=True)
     scores = {k: v.item() for k, v in trainer.callback_metrics.items()}
@@ -832,10 +837,10 @@ def finish(module: IMDBSentimentClassifier, folder: pathlib.Path, start: float) 
     module.logger.save()
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     interval = f"95 % interval {100 * low:.2f} to {100 * high:.2f} %"
-    say(f"\nTest      accuracy {100 * metrics['test_acc']:.2f} % ({interval})")
-    say(
-        f"          {len(labels):,} reviews, once, on epoch {best['epoch']}, the best by validation"
-    )
+    acc, epoch = metrics["test_acc"], best["epoch"]
+    size = f"{len(labels):,} reviews"
+    say(f"\nTest      accuracy {100 * acc:.2f} % of {size} ({interval})")
+    say(f"          scored once, on epoch {epoch}, the best by validation")
     for name, row in zip(names, confusion, strict=True):
         say(f"          {name} taken for: {commas(dict(zip(names, row, strict=True)))}")
     say(f"Model     {folder / 'model'}")
@@ -925,8 +930,9 @@ def train(settings: dict) -> None:
         finish(module, folder, start)
     except torch.OutOfMemoryError:
         expect(False, "the GPU's memory is full: lower --batch_size or --seq_length")
-    except OSError as error:
-        full = error.errno == errno.ENOSPC
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        # torch.save hides the system's error behind its own.
+        full = os.strerror(errno.ENOSPC) in f"{error} {error.__context__}"
         expect(not full, f"no space left for {folder}: free some, go on with --resume")
         raise
 

@@ -48,7 +48,7 @@ def make_bert(folder: pathlib.Path, hidden: int, positions: int, spread: float) 
 
 
 def make_review(draw: random.Random, label: int, sure: float) -> str:
-    """Returns 3 to 90 words, each fifth a judgement, a share `sure` as the label says."""
+    """Returns 3 to 90 words, each fifth a judgement; `sure` is the label's share."""
     neutral, against, praise = (words.split() for words in WORDS)
     own, other = (praise, against) if label else (against, praise)
     words = draw.choices(neutral, k=draw.randint(3, 90))

@@ -92,3 +92,4 @@ def test_full_disk_is_told_in_one_line(
     said = (tmp_path / "output.txt").read_text()
     assert process.exitcode == 1
     assert "no space left" in said and "Traceback" not in said
+    assert not list(tmp_path.rglob("*.partial"))

@@ -188,7 +188,7 @@ def test_three_classes_of_a_csv_are_trained_and_named(
         tmp_path / "own", "csv",
         {"text": texts, "label": labels}, {"text": texts[:9], "label": labels[:9]},
     )  # fmt: skip
-    run_folder = run(dataset=folder, percent=100, epochs=6, lr=5e-3)
+    run_folder = run(dataset=folder, percent=100, epochs=4, lr=5e-3)
     results, model = read_results(run_folder), run_folder / "model"
     assert results["samples"]["val"] == {"bad": 2, "good": 2, "so-so": 2}
     config = json.loads((model / "config.json").read_text())
@@ -222,30 +222,6 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
     assert weights[0] == weights[1] != weights[2]
     metrics = [read_results(folder)["metrics"] for folder in (trained, again, other)]
     assert metrics[0] == metrics[1] != metrics[2]
-
-
-def test_a_resumed_run_ends_in_the_same_bits(
-    trained: pathlib.Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step = Module.training_step
-
-    def interrupted(module: Module, batch: dict, batch_idx: int) -> torch.Tensor:
-        if (module.current_epoch, batch_idx) == (1, 5):
-            os.kill(os.getpid(), 15)  # SIGTERM
-        return step(module, batch, batch_idx)
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(Module, "training_step", interrupted)
-        run()
-    assert stopped.value.code == 128 + 15
-    folder = run(resume=True)
-    ours, theirs = files(folder), files(trained)
-    assert ours.keys() - {"events.out.tfevents"} == theirs.keys() - {
-        "events.out.tfevents"
-    }
-    for name in ("model/model.safetensors", "model/config.json"):
-        assert ours[name] == theirs[name]
-    assert read_results(folder)["metrics"] == read_results(trained)["metrics"]
 
 
 def test_earlier_logs_are_moved_and_not_lost(run: Run, tmp_path: pathlib.Path) -> None:
@@ -332,7 +308,8 @@ def test_the_command_tells_the_data_each_epoch_and_the_result(
     low, high = (100 * bound for bound in results["metrics"]["test_acc_interval"])
     share = f"{100 * results['metrics']['test_acc']:.2f} %"
     end = done.stdout[done.stdout.index("Test ") :]
-    assert f"accuracy {share} (95 % interval {low:.2f} to {high:.2f} %)" in end
+    for told in (f"accuracy {share}", f"95 % interval {low:.2f} to {high:.2f} %"):
+        assert told in end
     assert "47 reviews" in end
     assert "tensorboard --logdir logs\n" in end
     assert 'model="logs/imdb/version_0/model", truncation=True' in end
@@ -383,7 +360,7 @@ def test_the_demo_shows_a_run_that_learns(
 ) -> None:
     logs = tmp_path / "other" / "logs"
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--epochs=3", f"--logdir={logs}"])
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--epochs=2", f"--logdir={logs}"])
     with flagsaver.flagsaver(), pytest.raises(SystemExit) as done:
         demo.demo()
     assert not done.value.code
@@ -393,5 +370,5 @@ def test_the_demo_shows_a_run_that_learns(
     assert results["flags"]["dataset"] == str(folder / "reviews")
     shown = capsys.readouterr().out
     assert shown.startswith(f"$ python {demo.MAIN} --dataset={folder}/reviews ")
-    assert "Epoch 2" in shown and "Epoch 3" not in shown and "accuracy" in shown
+    assert "Epoch 1" in shown and "Epoch 2" not in shown and "accuracy" in shown
     assert shown.endswith(f"lie in {folder}\n")
