@@ -476,7 +476,9 @@ class IMDBSentimentClassifier(pl.LightningModule):
         return self.serve(self.samples["val"], 2 * self.hparams.batch_size)
 
     def test_dataloader(self) -> Loader:
-        return self.serve(self.samples["test"], 2 * self.hparams.batch_size)
+        loader = self.serve(self.samples["test"], 2 * self.hparams.batch_size)
+        self.test_plan = loader.sampler.plan()
+        return loader
 
     def predict_dataloader(self) -> Loader:
         return self.serve(self.samples["predict"], 2 * self.hparams.batch_size)
@@ -541,8 +543,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
         self.evaluate("val", batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        plan = self.trainer.test_dataloaders.sampler.plan()
-        rows = torch.tensor(plan[batch_idx], device=self.device)
+        rows = torch.tensor(self.test_plan[batch_idx], device=self.device)
         scored = [rows, batch["labels"], self.evaluate("test", batch)]
         self.tested.update(torch.column_stack(scored))
 

@@ -30,8 +30,9 @@ SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 
 def run(folder: str, arguments: list[str], save_every: float, blow: Any = None) -> None:
     """Runs `main.main` in the folder; `blow` is (where, nth call, signal) to die at."""
-    import main
     import torch
+
+    import main
 
     os.chdir(folder)
     with open("output.txt", "a") as output:
@@ -47,7 +48,7 @@ def run(folder: str, arguments: list[str], save_every: float, blow: Any = None) 
 
 
 def plant(main: Any, where: str, nth: int, signum: int, failure: int = 0) -> None:
-    """Makes the nth call of `where`, a dotted name, send a signal or raise an OSError."""
+    """Makes the nth call of `where`, a dotted name, send a signal or fail."""
     *path, name = where.split(".")
     owner = main
     for part in path:
@@ -118,7 +119,12 @@ def main(argv: list[str]) -> None:
         bert = demo.make_bert(root / "bert", hidden=32, positions=64, spread=0.1)
         reviews = demo.make_reviews(root / "reviews", 260, 94)
         arguments = [f"--dataset={reviews}", f"--model={bert}"]
-        arguments += ["--percent=100", "--seq_length=40", "--batch_size=8", "--lr=0.002"]
+        arguments += [
+            "--percent=100",
+            "--seq_length=40",
+            "--batch_size=8",
+            "--lr=0.002",
+        ]
         arguments += ["--precision=32-true", "--epochs=4"]
         start(root / "whole", arguments, 600.0).join()  # fills the caches
         begin = time.monotonic()
@@ -133,7 +139,9 @@ def main(argv: list[str]) -> None:
             status = 0 if results.exists() else finish(folder, arguments)
             same = status == 0 and outcome(folder) == expected
             equal += same
-            print(f"{number}: {'equal' if same else 'DIFFERENT'} after {done}", flush=True)
+            print(
+                f"{number}: {'equal' if same else 'DIFFERENT'} after {done}", flush=True
+            )
     print(f"{equal} of {flags.FLAGS.trials} resumed runs equal the undisturbed one")
     sys.exit(equal < flags.FLAGS.trials)
 
