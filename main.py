@@ -147,6 +147,13 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error.__cause__ or error).split())[:300]
 
 
+def stop(signum: int, *_: Any) -> None:
+    """Ends the program on a signal, and tells how to go on."""
+    command = shlex.join([a for a in sys.argv if a != "--resume"] + ["--resume"])
+    say(f"\nStopped; this goes on from the last checkpoint: python {command}")
+    sys.exit(128 + signum)
+
+
 def check_name(flag: str, name: str, look_up: Callable) -> None:
     """Refuses what is neither a local folder nor, within seconds, found on the Hub."""
     if os.path.isdir(name):
@@ -274,6 +281,8 @@ class LengthGroupedBatches(torch.utils.data.Sampler):
     ) -> None:  # fmt: skip
         self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
         self.rank, self.world_size, self.done, self.epoch = rank, world_size, done, 0
+        few = f"{len(lengths)} reviews make no batch for each of {world_size} processes"
+        expect(len(self) * world_size <= len(lengths), f"{few}: lower --devices")
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -536,7 +545,8 @@ class IMDBSentimentClassifier(pl.LightningModule):
         self.mean_loss[stage].update(losses)
         self.scores[stage].update(logits.softmax(-1), batch["labels"])
         self.log(f"{stage}_loss", self.mean_loss[stage], prog_bar=True)
-        self.log_dict(self.scores[stage], prog_bar=True)
+        for name, score in self.scores[stage].items():
+            self.log(name, score, prog_bar=name == "val_acc")
         return logits.softmax(-1)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -599,6 +609,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
         self.bert.save_pretrained(folder)
         # BertTokenizer saves its vocabulary alone, not that it drops `<br />` tags.
         self.tokenizer.__class__ = transformers.PreTrainedTokenizerFast
+        self.tokenizer.init_kwargs["truncation_side"] = None  # else it is not saved
         self.tokenizer.model_max_length = hp.seq_length
         self.tokenizer.truncation_side = "left" if hp.truncation == "tail" else "right"
         self.tokenizer.save_pretrained(folder)
@@ -653,16 +664,8 @@ class LastCheckpoint(pl.callbacks.Checkpoint):
             trainer.save_checkpoint(self.path)
             self.saved = time.monotonic()
             if agree(self.signum > 0):
-                self.leave(self.signum or signal.SIGTERM)
-
-    def on_test_start(self, *_: Any) -> None:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self.leave)
-
-    def leave(self, signum: int, *_: Any) -> None:
-        command = shlex.join([a for a in sys.argv if a != "--resume"] + ["--resume"])
-        say(f"\nStopped; {self.path} holds the run, python {command} goes on with it")
-        sys.exit(128 + signum)
+                say(f"\nStep {trainer.global_step} is done and saved in {self.path}")
+                stop(self.signum or signal.SIGTERM)
 
 
 def old_logdir(logdir: pathlib.Path) -> pathlib.Path:
@@ -734,7 +737,7 @@ def describe(module: IMDBSentimentClassifier, trainer: pl.Trainer) -> None:
     where = f"{width} x {trainer.strategy.root_device.type}, {hp.precision}"
     say(f"Model     {hp.model}\n          {size:.1f} M parameters, {where}")
     batch = hp.batch_size * width
-    steps = math.ceil(len(samples["train"]) / batch)
+    steps = 1 if FLAGS.debug else math.ceil(len(samples["train"]) / batch)
     say(f"Training  {trainer.max_epochs} epochs of {steps} steps of {batch} reviews")
 
 
@@ -874,6 +877,7 @@ def make_trainer(folder: pathlib.Path, precision: str, step: int | None) -> pl.T
         monitor="val_acc",
         mode="max",
         save_weights_only=True,
+        save_on_train_epoch_end=False,  # after validation, before `last.ckpt`
         enable_version_counter=False,
     )
     best.dirpath = os.path.abspath(folder / "checkpoints")  # given it, it follows links
@@ -1023,10 +1027,9 @@ def main(argv: list[str]) -> None:
     settings = {name: v for name, v in ours.items() if name not in RUN_FLAGS}
     if FLAGS.precision == "auto":
         settings["precision"] = fastest_precision()
-    try:
-        (train if FLAGS.predict is None else predict)(settings)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop)
+    (train if FLAGS.predict is None else predict)(settings)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,8 @@ def test_results_hold_metrics_sizes_flags_and_versions(
     trained: pathlib.Path, bert: str, reviews: str
 ) -> None:
     results, seed = read_results(trained), SETTINGS["seed"]
+    parts = "metrics best_epoch confusion samples seconds flags versions"
+    assert results.keys() == {*parts.split()}
     names = [f"{part}_{kind}" for part in ("val", "test") for kind in METRICS]
     assert results["metrics"].keys() == {*names, "test_acc_interval"}
     samples = main.load_samples(reviews, SETTINGS["percent"], seed)
@@ -86,12 +88,15 @@ def test_results_hold_metrics_sizes_flags_and_versions(
     assert results["versions"]["torch"] == torch.__version__
     assert results["versions"]["transformers"] == transformers.__version__
     assert 0 < results["seconds"] < 120
-    share, interval = results["metrics"]["test_acc"], main.wilson
-    assert results["metrics"]["test_acc_interval"] == interval(share, 47)
+    interval = main.wilson(results["metrics"]["test_acc"], 47)
+    assert results["metrics"]["test_acc_interval"] == interval
     assert sum(map(sum, results["confusion"])) == 47
 
 
-@pytest.mark.parametrize("share, n, low, high", [(0.8, 10, 0.4902, 0.9433)])
+@pytest.mark.parametrize(
+    "share, n, low, high",
+    [(0.8, 10, 0.4902, 0.9433), (0, 10, 0, 0.2775), (1, 50, 0.92865, 1)],
+)
 def test_the_interval_is_wilsons(share: float, n: int, low: float, high: float) -> None:
     assert main.wilson(share, n) == pytest.approx([low, high], abs=5e-5)
 

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import pathlib
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -92,19 +93,21 @@ def finish(folder: pathlib.Path, arguments: list[str]) -> int:
 def trial(
     folder: pathlib.Path, arguments: list[str], seconds: float, chance: random.Random
 ) -> list[str]:
-    """Kills a run up to three times, each at a random moment; returns what it did."""
-    last = folder / "logs" / "imdb" / "version_0" / "checkpoints" / "last.ckpt"
-    done = []
-    for _ in range(chance.randint(1, 3)):
+    """Kills a run one to three times, each at a random moment; returns what it did."""
+    version, done = folder / "logs" / "imdb" / "version_0", []
+    kills = chance.randint(1, 3)
+    while len(done) < kills:
+        if (version / "results.json").exists():  # it ended before the blow: once more
+            shutil.rmtree(folder / "logs")
+        last = version / "checkpoints" / "last.ckpt"
         extra = ["--resume"] * last.exists()
         process = start(folder, arguments + extra, chance.choice([0.0, 0.1, 600.0]))
-        time.sleep(chance.uniform(0.2, 1.0) * seconds)
+        process.join(chance.uniform(0.1, 0.9) * seconds)
         signum = chance.choice(SIGNALS)
-        if not process.is_alive():
-            break
-        os.kill(process.pid, signum)
-        process.join()
-        done.append(f"{signal.Signals(signum).name} -> {process.exitcode}")
+        if process.exitcode is None:
+            os.kill(process.pid, signum)
+            process.join()
+            done.append(f"{signal.Signals(signum).name} -> {process.exitcode}")
     return done
 
 
@@ -117,7 +120,7 @@ def main(argv: list[str]) -> None:
         for part in ("whole", "reviews"):
             (root / part).mkdir()
         bert = demo.make_bert(root / "bert", hidden=32, positions=64, spread=0.1)
-        reviews = demo.make_reviews(root / "reviews", 260, 94)
+        reviews = demo.make_reviews(root / "reviews", 260, 94, sure=0.85)
         arguments = [f"--dataset={reviews}", f"--model={bert}"]
         arguments += [
             "--percent=100",
