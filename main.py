@@ -717,6 +717,11 @@ def check_resume(path: pathlib.Path, settings: dict) -> int:
     for name, value in settings.items():
         was = stored.get(name)
         expect(was == value, f"--resume: the run has --{name}={was}, not {value}")
+    for state in checkpoint["callbacks"].values():  # Lightning would forget the best
+        home = state.get("dirpath", "")
+        expect(
+            os.path.abspath(path.parent) == home, f"--resume: move it back to {home}"
+        )
     return step
 
 

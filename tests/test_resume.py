@@ -95,3 +95,16 @@ def test_full_disk_is_told_in_one_line(
     assert process.exitcode == 1
     assert "no space left" in said and "Traceback" not in said
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_moved_run_is_refused_as_its_best_epoch_would_be_forgotten(
+    arguments: list[str], tmp_path: pathlib.Path
+) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    blow = (f"{MODULE}.training_step", 5, INT)
+    torture.start(before, arguments, 600.0, blow).join()
+    before.rename(after)
+    assert torture.finish(after, arguments) == 1
+    said = (after / "output.txt").read_text()
+    assert f"move it back to {before}" in said and "Traceback" not in said
