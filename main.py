@@ -73,30 +73,34 @@ OURS = r"version_0(/(events\.out\.tf.*|hparams.yaml|checkpoints|model|results.js
 
 # Data
 flags.DEFINE_string(
-    "dataset", "stanfordnlp/imdb", "Hub name, or folder with a train and a test file."
+    "dataset",
+    "stanfordnlp/imdb",
+    "Hub name, or folder with train and test files of text and label.",
 )
 flags.DEFINE_integer(
-    "percent", 5, "Share of the reviews that is used, of each class alike.", 1, 100
+    "percent", 5, "Whole per cent of train and test, of each class alike.", 1, 100
 )
 flags.DEFINE_integer(
     "seq_length", 256, "Word-pieces kept of a review, [CLS] and [SEP] included.", 3
 )
 flags.DEFINE_enum(
     "truncation",
-    "head_tail",
+    "tail",
     ["head", "tail", "head_tail"],
-    "Part of a long review that is kept; head_tail gives the head a quarter [2].",
+    "Part of a long review kept; head_tail: a quarter head, the rest tail [2].",
 )
 # Model
 flags.DEFINE_string(
-    "model", "google-bert/bert-base-uncased", "Hub name or local folder of a BERT."
+    "model",
+    "google-bert/bert-base-uncased",
+    "Hub name or folder of a BERT to train; to predict, a trained one.",
 )
 # Optimisation
 flags.DEFINE_integer(
     "epochs", 3, "Passes over train; the best by validation is tested and kept.", 1
 )
 flags.DEFINE_integer(
-    "batch_size", 16, "Reviews a step and device; lower it when memory runs out.", 1
+    "batch_size", 16, "Reviews a step on each device; halve it when memory runs out.", 1
 )
 flags.DEFINE_enum(
     "optimizer",
@@ -105,9 +109,15 @@ flags.DEFINE_enum(
     "AdamW with warm-up and linear decay [3], or SGD at a constant rate.",
 )
 flags.DEFINE_float("lr", 5e-5, "Learning rate at its peak; [1] tried 2e-5 to 5e-5.")
-flags.DEFINE_float("momentum", 0.9, "Momentum of SGD, first beta of AdamW.")
-flags.DEFINE_float("weight_decay", 0.01, "AdamW's pull of matrices towards zero.")
-flags.DEFINE_float("warmup", 0.1, "Share of the steps in which AdamW's rate rises.")
+flags.DEFINE_float(
+    "momentum", 0.9, "Share of past gradients kept: SGD's momentum, AdamW's first beta."
+)
+flags.DEFINE_float(
+    "weight_decay", 0.01, "Decay of matrices a step, times the rate; SGD ignores it."
+)
+flags.DEFINE_float(
+    "warmup", 0.1, "Share of steps in which the rate rises to lr; SGD ignores it."
+)
 # Run
 flags.DEFINE_boolean(
     "debug", False, "Walk the whole way on one batch of each sample, in LOGDIR/debug."
@@ -115,22 +125,35 @@ flags.DEFINE_boolean(
 flags.DEFINE_string(
     "predict", None, "Csv, jsonl or parquet with text, or reviews by line; - is stdin."
 )
-flags.DEFINE_boolean("resume", False, "Go on with the interrupted run in LOGDIR/imdb.")
+flags.DEFINE_boolean(
+    "resume",
+    False,
+    "Go on from LOGDIR/imdb's last checkpoint, all other flags as they were.",
+)
 flags.DEFINE_integer(
     "seed", 0, "Draws the samples, the order, the head and dropout.", 0, 2**32 - 1
 )
 flags.DEFINE_string(
-    "logdir", "logs", "Folder of the run; LOGDIR.old keeps earlier ones."
+    "logdir", "logs", "Folder of the run; the one before it moves to LOGDIR.old."
 )
 flags.DEFINE_enum(
     "precision",
     "auto",
     ["auto", "32-true", "bf16-mixed"],
-    "Of matrix products; auto is bf16 where the hardware computes in it.",
+    "Of matrix products; auto is bf16 where hardware has it, 32-true may be TF32.",
 )
-flags.DEFINE_integer("devices", 1, "GPUs, or processes on CPUs, on each machine.", 1)
-flags.DEFINE_integer("num_nodes", 1, "Machines.", 1)
-flags.DEFINE_enum("strategy", "auto", ["auto", "ddp"], "How devices share the work.")
+flags.DEFINE_integer(
+    "devices",
+    1,
+    "GPUs, or CPU processes, a machine; the global batch grows with them.",
+    1,
+)
+flags.DEFINE_integer(
+    "num_nodes", 1, "Machines; start the command on each, by SLURM or torchrun.", 1
+)
+flags.DEFINE_enum(
+    "strategy", "auto", ["auto", "ddp"], "auto takes ddp for more than one device."
+)
 # Comparisons also refuse NaN, which passes absl's bounds.
 flags.register_validator("lr", lambda v: 0 < v < 1, "must be between 0 and 1")
 for rate in ("momentum", "weight_decay", "warmup"):
@@ -147,10 +170,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error.__cause__ or error).split())[:300]
 
 
-def stop(signum: int, *_: Any) -> None:
-    """Ends the program on a signal, and tells how to go on."""
+def stop(signum: int, *_: Any, saved: bool = False) -> None:
+    """Ends the program on a signal; tells how to go on from what was saved."""
     command = shlex.join([a for a in sys.argv if a != "--resume"] + ["--resume"])
-    say(f"\nStopped; this goes on from the last checkpoint: python {command}")
+    how = f"; this goes on from the last checkpoint: python {command}" if saved else ""
+    say(f"\nStopped{how}", file=sys.stderr)
     sys.exit(128 + signum)
 
 
@@ -247,7 +271,7 @@ def tokenise(
     room, head = seq_length - 2, head_room(seq_length, truncation)
     cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
 
-    # The cache is named after all that this function holds: plain values only.
+    # The cache is named after all that this function holds: never `self` or FLAGS.
     def cut(batch: dict[str, list]) -> dict[str, list]:
         pieces = tokenizer(batch["text"], add_special_tokens=False, verbose=False)
         cuts = [max(0, len(review) - room) for review in pieces["input_ids"]]
@@ -344,7 +368,7 @@ def load_tokenizer(model: str) -> transformers.BertTokenizer:
 def load_bert(
     model: str, names: list[str]
 ) -> transformers.BertForSequenceClassification:
-    """Loads float32 weights, ready to train; only the classifier may be new."""
+    """Loads float32 weights, ready to train; only classifier or pooler may be new."""
     try:
         bert, info = transformers.BertForSequenceClassification.from_pretrained(
             model,
@@ -512,7 +536,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
     def on_train_start(self) -> None:
         self.pieces, self.clock = 0, time.perf_counter()
 
-    def on_train_epoch_start(self) -> None:  # which a resumed epoch lacks
+    def on_train_epoch_start(self) -> None:  # not called in an epoch that is resumed
         self.on_train_start()
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -665,7 +689,11 @@ class LastCheckpoint(pl.callbacks.Checkpoint):
             self.saved = time.monotonic()
             if agree(self.signum > 0):
                 say(f"\nStep {trainer.global_step} is done and saved in {self.path}")
-                stop(self.signum or signal.SIGTERM)
+                stop(self.signum or signal.SIGTERM, saved=True)
+
+    def on_test_start(self, *_: Any) -> None:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, functools.partial(stop, saved=True))
 
 
 def old_logdir(logdir: pathlib.Path) -> pathlib.Path:
@@ -735,7 +763,7 @@ def describe(module: IMDBSentimentClassifier, trainer: pl.Trainer) -> None:
     say(f"Data      {hp.dataset}, {hp.percent} %, seed {hp.seed}")
     for part, counts in module.class_counts().items():
         say(f"  {part:8}{len(samples[part]):,} reviews: {commas(counts)}")
-    cuts = [cut > 0 for sample in samples.values() for cut in sample["cut"]]
+    cuts = [cut > 0 for sample in samples.values() for cut in sample["cut"][:]]
     share = f"{100 * sum(cuts) / len(cuts):.0f} % are longer than {hp.seq_length}"
     say(f"          {share} word-pieces and cut ({hp.truncation})")
     size = sum(p.numel() for p in module.parameters()) / 1e6
@@ -750,11 +778,8 @@ def draw(
     module: IMDBSentimentClassifier, confusion: list[list[int]], step: int
 ) -> None:
     """Shows the test sample in TensorBoard: curves, tables and the worst errors."""
-    log, hp, names = (
-        module.logger.experiment,
-        module.hparams,
-        module.hparams.label_names,
-    )
+    log, hp = module.logger.experiment, module.hparams
+    names = hp.label_names
     rows, labels = module.predictions[:, :2].int().unbind(1)  # [N], [N]
     probabilities = module.predictions[:, 2:]  # [N, C]
     for i, name in enumerate(names):
@@ -768,11 +793,11 @@ def draw(
     log.add_text("test_confusion", table, step)
     log.add_text("settings", "\n".join(f"    {k}={v}" for k, v in hp.items()), step)
     certainty, predicted = probabilities.max(-1)
-    surest = certainty.where(predicted != labels, 0).argsort(descending=True)
-    errors = int((predicted != labels).sum())
+    wrong = (predicted != labels).nonzero().flatten()
+    surest = wrong[certainty[wrong].argsort(descending=True)][:20]
     head, decode = head_room(hp.seq_length, hp.truncation), module.tokenizer.decode
     worst = []
-    for i in surest[: min(20, errors)].tolist():
+    for i in surest.tolist():
         review = module.samples["test"][int(rows[i])]
         pieces, cut = review["input_ids"][1:-1], review["cut"]
         mark = f" **[{cut} word-pieces cut]** " if cut else " "
@@ -784,21 +809,22 @@ def draw(
 
 def model_card(hp: dict, results: dict) -> str:
     """Returns the model's README.md, with the metadata that the Hub reads."""
-    metrics, name = results["metrics"], pathlib.Path(hp["dataset"]).name
+    metrics, path = results["metrics"], os.path.abspath(hp["dataset"])
+    name = json.dumps(os.path.basename(path))  # quoted for YAML
     own, local = hp["truncation"], os.path.isdir(hp["dataset"])
+    data = name if local else hp["dataset"]
     low, high = metrics["test_acc_interval"]
     recipe = "\n".join(f"- {name}: {value}" for name, value in hp.items())
     return f"""---
 library_name: transformers
 pipeline_tag: text-classification
-base_model: {"bert" if os.path.isdir(hp["model"]) else hp["model"]}
-datasets: [{name if local else hp["dataset"]}]
+datasets: [{data}]
 metrics: [accuracy]
 model-index:
-- name: BERT on {name}
+- name: BERT
   results:
   - task: {{type: text-classification}}
-    dataset: {{name: {name}, type: {name if local else hp["dataset"]}, split: test}}
+    dataset: {{name: {name}, type: {data}, split: test}}
     metrics: [{{type: accuracy, value: {metrics["test_acc"]:.4f}}}]
 ---
 # BERT on {name}: {", ".join(hp["label_names"])}
@@ -820,7 +846,8 @@ calibration error on the test sample is {metrics["test_ece"]:.4f}.
 def finish(module: IMDBSentimentClassifier, folder: pathlib.Path, start: float) -> None:
     """Exports the best epoch, writes results and pictures, and says the result."""
     hp, trainer, names = module.hparams, module.trainer, module.hparams.label_names
-    best = torch.load(folder / "checkpoints/best.ckpt", mmap=True, weights_only=True)
+    file = folder / "checkpoints" / "best.ckpt"
+    best = torch.load(file, "cpu", mmap=True, weights_only=True)
     scores = {k: v.item() for k, v in trainer.callback_metrics.items()}
     metrics = best["val"] | {k: v for k, v in scores.items() if k.startswith("test_")}
     labels, probabilities = module.predictions[:, 1].int(), module.predictions[:, 2:]
@@ -885,7 +912,8 @@ def make_trainer(folder: pathlib.Path, precision: str, step: int | None) -> pl.T
         save_on_train_epoch_end=False,  # after validation, before `last.ckpt`
         enable_version_counter=False,
     )
-    best.dirpath = os.path.abspath(folder / "checkpoints")  # given it, it follows links
+    # As an argument the folder would be resolved, and a link in it be written through.
+    best.dirpath = os.path.abspath(folder / "checkpoints")
     callbacks = [best, LastCheckpoint(folder / "checkpoints" / "last.ckpt")]
     every = 10 if torch.cuda.is_available() else 1  # steps: logging waits for a GPU
     terminal = sys.stdout.isatty()
@@ -953,11 +981,15 @@ def predict(settings: dict) -> None:
     model = FLAGS.model if FLAGS["model"].present else last
     expect(os.path.isdir(model), f"--predict: no model in {model}: name it by --model")
     config, file = check_model(model, 3), FLAGS.predict
+    classifies = "BertForSequenceClassification" in (config.get("architectures") or [])
+    expect(classifies, f"--predict: {model} has no trained classifier")
     kinds = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-    kind = kinds.get(pathlib.Path(file).suffix, "text")
+    kind = kinds.get(pathlib.Path(file).suffix.lower(), "text")
     try:
         if file == "-":
-            reviews = Reviews.from_dict({"text": sys.stdin.read().splitlines()})
+            reviews = Reviews.from_dict(
+                {"text": [line.rstrip("\n") for line in sys.stdin]}
+            )
         else:
             reviews = datasets.load_dataset(kind, data_files=file, split="train")
         reviews = reviews.select_columns("text")
@@ -973,13 +1005,15 @@ def predict(settings: dict) -> None:
     module.samples = {"predict": tokenise(reviews, module.tokenizer, *trained.values())}
     trainer = pl.Trainer(
         precision=settings["precision"],
+        devices=1,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     probabilities = torch.cat(trainer.predict(module))
-    order = torch.tensor(sum(trainer.predict_dataloaders.sampler.plan(), []))
+    plan = trainer.predict_dataloaders.sampler.plan()
+    order = torch.tensor([row for batch in plan for row in batch])
     table = csv.writer(sys.stdout)
     table.writerow(["label", *names])
     for row in probabilities[order.argsort()]:

@@ -40,7 +40,7 @@ datasets.disable_progress_bars()
 SETTINGS = {
     "percent": 50,
     "seq_length": 40,
-    "truncation": "tail",
+    "truncation": "head",
     "epochs": 2,
     "batch_size": 5,
     "lr": 4e-3,

@@ -13,14 +13,11 @@ MODULE = "IMDBSentimentClassifier"
 STEPS = 30  # an epoch: 234 reviews in batches of 8
 POINTS = [
     # Where, the how manieth call, the signal, seconds between checkpoints.
-    (f"{MODULE}.training_step", 5, INT, 600.0),
     (f"{MODULE}.training_step", STEPS + 9, TERM, 600.0),
     (f"{MODULE}.training_step", STEPS + 9, KILL, 0.0),
     (f"{MODULE}.training_step", STEPS, INT, 600.0),
     (f"{MODULE}.validation_step", 1, KILL, 0.0),
     (f"{MODULE}.validation_step", 2, TERM, 600.0),
-    (f"{MODULE}.on_train_epoch_end", 1, KILL, 600.0),
-    ("os.fsync", 7, KILL, 0.0),
     (f"{MODULE}.test_step", 2, INT, 600.0),
     (f"{MODULE}.export", 1, TERM, 600.0),
 ]
@@ -60,7 +57,7 @@ def test_resumed_run_equals_the_undisturbed_one(
     assert process.exitcode == (-KILL if signum == KILL else 128 + signum)
     said = (tmp_path / "output.txt").read_text()
     assert "Traceback" not in said
-    if signum != KILL:
+    if signum != KILL and where != f"{MODULE}.export":
         assert "goes on from the last checkpoint: python" in said
         assert said.rstrip().endswith("--resume")
     assert torture.finish(tmp_path, arguments) == 0

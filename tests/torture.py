@@ -107,6 +107,7 @@ def trial(
         if process.exitcode is None:
             os.kill(process.pid, signum)
             process.join()
+        if process.exitcode != 0:
             done.append(f"{signal.Signals(signum).name} -> {process.exitcode}")
     return done
 
