@@ -791,7 +791,9 @@ def draw(
     lines += [[name, *row] for name, row in zip(names, confusion, strict=True)]
     table = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
     log.add_text("test_confusion", table, step)
-    log.add_text("settings", "\n".join(f"    {k}={v}" for k, v in hp.items()), step)
+    log.add_text(
+        "train_settings", "\n".join(f"    {k}={v}" for k, v in hp.items()), step
+    )
     certainty, predicted = probabilities.max(-1)
     wrong = (predicted != labels).nonzero().flatten()
     surest = wrong[certainty[wrong].argsort(descending=True)][:20]
