@@ -705,7 +705,7 @@ def test_a_broken_or_foreign_checkpoint_is_refused(
 
 
 OTHER = {
-    "percent": 60, "seq_length": 20, "truncation": "head", "epochs": 5,
+    "percent": 60, "seq_length": 20, "truncation": "tail", "epochs": 5,
     "batch_size": 9, "optimizer": "sgd", "lr": 0.003, "momentum": 0.7,
     "weight_decay": 0.06, "warmup": 0.35, "seed": 4, "precision": "bf16-mixed",
     "model": "bert", "dataset": "data",
