@@ -170,10 +170,10 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error.__cause__ or error).split())[:300]
 
 
-def stop(signum: int, *_: Any, saved: bool = False) -> None:
-    """Ends the program on a signal; tells how to go on from what was saved."""
+def stop(signum: int, *_: Any, saved: str = "") -> None:
+    """Ends the program on a signal; tells what was saved and how to go on from it."""
     command = shlex.join([a for a in sys.argv if a != "--resume"] + ["--resume"])
-    how = f"; this goes on from the last checkpoint: python {command}" if saved else ""
+    how = f"; {saved}; to go on from there: python {command}" if saved else ""
     say(f"\nStopped{how}", file=sys.stderr)
     sys.exit(128 + signum)
 
@@ -688,12 +688,13 @@ class LastCheckpoint(pl.callbacks.Checkpoint):
             trainer.save_checkpoint(self.path)
             self.saved = time.monotonic()
             if agree(self.signum > 0):
-                say(f"\nStep {trainer.global_step} is done and saved in {self.path}")
-                stop(self.signum or signal.SIGTERM, saved=True)
+                saved = f"step {trainer.global_step} is done and saved in {self.path}"
+                stop(self.signum or signal.SIGTERM, saved=saved)
 
     def on_test_start(self, *_: Any) -> None:
         for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, functools.partial(stop, saved=True))
+            saved = f"all steps are done and saved in {self.path}"
+            signal.signal(signum, functools.partial(stop, saved=saved))
 
 
 def old_logdir(logdir: pathlib.Path) -> pathlib.Path:

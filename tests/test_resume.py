@@ -58,8 +58,10 @@ def test_resumed_run_equals_the_undisturbed_one(
     said = (tmp_path / "output.txt").read_text()
     assert "Traceback" not in said
     if signum != KILL and where != f"{MODULE}.export":
-        assert "goes on from the last checkpoint: python" in said
-        assert said.rstrip().endswith("--resume")
+        last_line = said.rstrip().splitlines()[-1]
+        assert last_line.startswith("Stopped; ") and "saved in" in last_line
+        assert "to go on from there: python" in last_line
+        assert last_line.endswith("--resume")
     assert torture.finish(tmp_path, arguments) == 0
     assert torture.outcome(tmp_path) == whole
 
@@ -69,7 +71,7 @@ def test_ctrl_c_loses_no_step(
 ) -> None:
     blow = (f"{MODULE}.training_step", 5, INT)
     torture.start(tmp_path, arguments, 600.0, blow).join()
-    assert "Step 5 is done and saved" in (tmp_path / "output.txt").read_text()
+    assert "Stopped; step 5 is done and saved" in (tmp_path / "output.txt").read_text()
     last = tmp_path / "logs" / "imdb" / "version_0" / "checkpoints" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 5
 
