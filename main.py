@@ -23,7 +23,6 @@ with [CLS] and [SEP]; H the width of the model; C classes.
 [4] Wilson 1927, the score interval: https://doi.org/10.2307/2276774
 """
 
-import csv
 import ctypes
 import datetime
 import errno
@@ -45,6 +44,7 @@ from typing import Any
 
 import datasets
 import huggingface_hub
+import pandas
 import pytorch_lightning as pl
 import safetensors
 import sh
@@ -66,94 +66,59 @@ FLAGS = flags.FLAGS
 RUN_FLAGS = ("debug", "predict", "resume", "logdir")
 TRAINER_FLAGS = ("epochs", "precision", "devices", "num_nodes", "strategy")
 SAVE_EVERY = 600  # seconds between two `last.ckpt`, at most
-say = rank_zero_only(functools.partial(print, flush=True))
 UNREADABLE = (datasets.exceptions.DatasetsError, OSError, ValueError)
 # What a run leaves in its folder; a folder with anything else is somebody's own.
 OURS = r"version_0(/(events\.out\.tf.*|hparams.yaml|checkpoints|model|results.json))?"
+say = rank_zero_only(functools.partial(print, flush=True))
 
+# fmt: off
 # Data
-flags.DEFINE_string(
-    "dataset",
-    "stanfordnlp/imdb",
-    "Hub name, or folder with train and test files of text and label.",
-)
-flags.DEFINE_integer(
-    "percent", 5, "Whole per cent of train and test, of each class alike.", 1, 100
-)
-flags.DEFINE_integer(
-    "seq_length", 256, "Word-pieces kept of a review, [CLS] and [SEP] included.", 3
-)
-flags.DEFINE_enum(
-    "truncation",
-    "tail",
-    ["head", "tail", "head_tail"],
-    "Part of a long review kept; head_tail: a quarter head, the rest tail [2].",
-)
+flags.DEFINE_string("dataset", "stanfordnlp/imdb",
+    "Hub name, or folder with train and test files of text and label.")
+flags.DEFINE_integer("percent", 5,
+    "Whole per cent of train and test, of each class alike.", 1, 100)
+flags.DEFINE_integer("seq_length", 256,
+    "Word-pieces kept of a review, [CLS] and [SEP] included.", 3)
+flags.DEFINE_enum("truncation", "tail", ["head", "tail", "head_tail"],
+    "Part of a long review kept; head_tail: a quarter head, the rest tail [2].")
 # Model
-flags.DEFINE_string(
-    "model",
-    "google-bert/bert-base-uncased",
-    "Hub name or folder of a BERT to train; to predict, a trained one.",
-)
+flags.DEFINE_string("model", "google-bert/bert-base-uncased",
+    "Hub name or folder of a BERT to train; to predict, a trained one.")
 # Optimisation
-flags.DEFINE_integer(
-    "epochs", 3, "Passes over train; the best by validation is tested and kept.", 1
-)
-flags.DEFINE_integer(
-    "batch_size", 16, "Reviews a step on each device; halve it when memory runs out.", 1
-)
-flags.DEFINE_enum(
-    "optimizer",
-    "adamw",
-    ["adamw", "sgd"],
-    "AdamW with warm-up and linear decay [3], or SGD at a constant rate.",
-)
-flags.DEFINE_float("lr", 5e-5, "Learning rate at its peak; [1] tried 2e-5 to 5e-5.")
-flags.DEFINE_float(
-    "momentum", 0.9, "Share of past gradients kept: SGD's momentum, AdamW's first beta."
-)
-flags.DEFINE_float(
-    "weight_decay", 0.01, "Decay of matrices a step, times the rate; SGD ignores it."
-)
-flags.DEFINE_float(
-    "warmup", 0.1, "Share of steps in which the rate rises to lr; SGD ignores it."
-)
+flags.DEFINE_integer("epochs", 3,
+    "Passes over train; the best by validation is tested and kept.", 1)
+flags.DEFINE_integer("batch_size", 16,
+    "Reviews a step on each device; halve it when memory runs out.", 1)
+flags.DEFINE_enum("optimizer", "adamw", ["adamw", "sgd"],
+    "AdamW with warm-up and linear decay [3], or SGD at a constant rate.")
+flags.DEFINE_float("lr", 5e-5,
+    "Learning rate at its peak; [1] tried 2e-5 to 5e-5.")
+flags.DEFINE_float("momentum", 0.9,
+    "Share of past gradients kept: SGD's momentum, AdamW's first beta.")
+flags.DEFINE_float("weight_decay", 0.01,
+    "Decay of matrices a step, times the rate; SGD ignores it.")
+flags.DEFINE_float("warmup", 0.1,
+    "Share of steps in which the rate rises to lr; SGD ignores it.")
 # Run
-flags.DEFINE_boolean(
-    "debug", False, "Walk the whole way on one batch of each sample, in LOGDIR/debug."
-)
-flags.DEFINE_string(
-    "predict", None, "Csv, jsonl or parquet with text, or reviews by line; - is stdin."
-)
-flags.DEFINE_boolean(
-    "resume",
-    False,
-    "Go on from LOGDIR/imdb's last checkpoint, all other flags as they were.",
-)
-flags.DEFINE_integer(
-    "seed", 0, "Draws the samples, the order, the head and dropout.", 0, 2**32 - 1
-)
-flags.DEFINE_string(
-    "logdir", "logs", "Folder of the run; the one before it moves to LOGDIR.old."
-)
-flags.DEFINE_enum(
-    "precision",
-    "auto",
-    ["auto", "32-true", "bf16-mixed"],
-    "Of matrix products; auto is bf16 where hardware has it, 32-true may be TF32.",
-)
-flags.DEFINE_integer(
-    "devices",
-    1,
-    "GPUs, or CPU processes, a machine; the global batch grows with them.",
-    1,
-)
-flags.DEFINE_integer(
-    "num_nodes", 1, "Machines; start the command on each, by SLURM or torchrun.", 1
-)
-flags.DEFINE_enum(
-    "strategy", "auto", ["auto", "ddp"], "auto takes ddp for more than one device."
-)
+flags.DEFINE_boolean("debug", False,
+    "Walk the whole way on one batch of each sample, in LOGDIR/debug.")
+flags.DEFINE_string("predict", None,
+    "Csv, jsonl or parquet with text, or reviews by line; - is stdin.")
+flags.DEFINE_boolean("resume", False,
+    "Go on from LOGDIR/imdb's last checkpoint, all other flags as they were.")
+flags.DEFINE_integer("seed", 0,
+    "Draws the samples, the order, the head and dropout.", 0, 2**32 - 1)
+flags.DEFINE_string("logdir", "logs",
+    "Folder of the run; the one before it moves to LOGDIR.old.")
+flags.DEFINE_enum("precision", "auto", ["auto", "32-true", "bf16-mixed"],
+    "Of matrix products; auto is bf16 where hardware has it, 32-true may be TF32.")
+flags.DEFINE_integer("devices", 1,
+    "GPUs, or CPU processes, a machine; the global batch grows with them.", 1)
+flags.DEFINE_integer("num_nodes", 1,
+    "Machines; start the command on each, by SLURM or torchrun.", 1)
+flags.DEFINE_enum("strategy", "auto", ["auto", "ddp"],
+    "auto takes ddp for more than one device.")
+# fmt: on
 # Comparisons also refuse NaN, which passes absl's bounds.
 flags.register_validator("lr", lambda v: 0 < v < 1, "must be between 0 and 1")
 for rate in ("momentum", "weight_decay", "warmup"):
@@ -176,6 +141,11 @@ def stop(signum: int, *_: Any, saved: str = "") -> None:
     how = f"; {saved}; to go on from there: python {command}" if saved else ""
     say(f"\nStopped{how}", file=sys.stderr)
     sys.exit(128 + signum)
+
+
+def on_signals(handler: Callable) -> None:
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, handler)
 
 
 def check_name(flag: str, name: str, look_up: Callable) -> None:
@@ -230,11 +200,9 @@ def load_reviews(dataset: str) -> datasets.DatasetDict:
 
 def stratified(reviews: Reviews, percent: int, seed: int) -> tuple[Reviews, Reviews]:
     """Draws a percentage of reviews, of each class alike; returns it and the rest."""
-    size = round(len(reviews) * percent / 100)
+    size, plan = round(len(reviews) * percent / 100), {"stratify_by_column": "label"}
     try:
-        parts = reviews.train_test_split(
-            train_size=size, stratify_by_column="label", seed=seed
-        )
+        parts = reviews.train_test_split(train_size=size, seed=seed, **plan)
     except ValueError as error:
         few = f"too few reviews to draw {size} of {len(reviews)} ({error})"
         expect(False, f"{few}: give more, or raise --percent")
@@ -257,11 +225,9 @@ def head_room(seq_length: int, truncation: str) -> int:
 
 
 def tokenise(
-    samples: Any,
-    tokenizer: transformers.BertTokenizer,
-    seq_length: int,
-    truncation: str,
-) -> Any:
+    samples: Any, tokenizer: transformers.BertTokenizer, seq_length: int,
+    truncation: str
+) -> Any:  # fmt: skip
     """Turns texts into word-pieces, at most `seq_length`; cached on disk by `datasets`.
 
     Returns:
@@ -342,18 +308,16 @@ def check_model(model: str, seq_length: int) -> dict:
     kind, most = config.get("model_type"), config.get("max_position_embeddings", 512)
     found = f"--model={model}: expected a BERT's config.json, found model_type {kind}"
     expect(kind == "bert", found)
-    expect(
-        seq_length <= most, f"--seq_length={seq_length}: {model} takes {most} at most"
-    )
+    short = f"--seq_length={seq_length}: {model} takes {most} at most"
+    expect(seq_length <= most, short)
     return config
 
 
 def load_tokenizer(model: str) -> transformers.BertTokenizer:
     """Loads a tokenizer that drops `<br />` tags and reads "[SEP]" as plain text."""
+    load = transformers.BertTokenizer.from_pretrained
     try:
-        tokenizer = transformers.BertTokenizer.from_pretrained(
-            model, split_special_tokens=True
-        )
+        tokenizer = load(model, split_special_tokens=True)
     except (OSError, ValueError) as error:
         expect(False, f"--model={model}: expected a tokenizer: {one_line(error)}")
     # With its files missing, transformers makes one that knows special tokens only.
@@ -363,38 +327,6 @@ def load_tokenizer(model: str) -> transformers.BertTokenizer:
     tags = tokenizers.normalizers.Replace(tokenizers.Regex(r"<br\s*/?>"), " ")
     backend.normalizer = tokenizers.normalizers.Sequence([tags, backend.normalizer])
     return tokenizer
-
-
-def load_bert(
-    model: str, names: list[str]
-) -> transformers.BertForSequenceClassification:
-    """Loads float32 weights, ready to train; only classifier or pooler may be new."""
-    try:
-        bert, info = transformers.BertForSequenceClassification.from_pretrained(
-            model,
-            id2label=dict(enumerate(names)),
-            label2id={name: i for i, name in enumerate(names)},
-            problem_type="single_label_classification",
-            attention_probs_dropout_prob=0.0,  # no less accurate, much faster on CPUs
-            dtype=torch.float32,
-            attn_implementation="sdpa",  # whatever its config names
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # of an earlier classifier
-            output_loading_info=True,
-        )
-    except (OSError, safetensors.SafetensorError, pickle.UnpicklingError) as error:
-        expect(False, f"--model={model}: expected sound safetensors: {one_line(error)}")
-    new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
-    lost = [key for key in new if not key.startswith(("classifier.", "bert.pooler."))]
-    expect(not lost, f"--model={model}: {len(lost)} weights lack or misfit: {lost[:2]}")
-    if "bert.pooler.dense.weight" in new:
-        say("Model     its checkpoint has no pooler: that starts from random weights")
-    for module in bert.modules():
-        if type(module) is torch.nn.Dropout:
-            module.__class__ = Dropout
-    bert.bert.encoder.layer[-1].__class__ = ClsLayer
-    bert.bert.embeddings.register_forward_hook(to_autocast)
-    return bert.train()  # it comes in eval mode, with dropout off
 
 
 class Dropout(torch.nn.Dropout):
@@ -408,12 +340,6 @@ class Dropout(torch.nn.Dropout):
         return x * ((bits >= round(self.p * 2**16) - 2**15).to(x.dtype) / (1 - self.p))
 
 
-def to_autocast(module: torch.nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
-    """Enters the layers in bf16 on a CPU, where each would cast its own input."""
-    bf16 = out.device.type == "cpu" and torch.is_autocast_enabled("cpu")
-    return out.bfloat16() if bf16 else out
-
-
 class ClsLayer(modeling_bert.BertLayer):
     """The last layer for [CLS] alone, which is all that the classifier reads."""
 
@@ -422,10 +348,44 @@ class ClsLayer(modeling_bert.BertLayer):
     ) -> torch.Tensor:
         cls = hidden[:, :1]  # [B, 1, H] of [B, T, H]
         mask = None if mask is None else mask[:, :, :1]  # [B, 1, 1, T]
-        context, _ = modeling_bert.BertCrossAttention.forward(
-            self.attention.self, cls, hidden, mask
-        )
+        attend = modeling_bert.BertCrossAttention.forward
+        context, _ = attend(self.attention.self, cls, hidden, mask)
         return self.feed_forward_chunk(self.attention.output(context, cls))
+
+
+def to_autocast(module: torch.nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
+    """Enters the layers in bf16 on a CPU, where each would cast its own input."""
+    bf16 = out.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    return out.bfloat16() if bf16 else out
+
+
+def load_bert(
+    model: str, names: list[str]
+) -> transformers.BertForSequenceClassification:
+    """Loads float32 weights, ready to train; only classifier or pooler may be new."""
+    labels, load = dict(enumerate(names)), modeling_bert.BertForSequenceClassification
+    try:
+        bert, info = load.from_pretrained(
+            model, id2label=labels, label2id={v: k for k, v in labels.items()},
+            problem_type="single_label_classification", dtype=torch.float32,
+            attention_probs_dropout_prob=0.0,  # no less accurate, much faster on CPUs
+            attn_implementation="sdpa",  # whatever its config names
+            ignore_mismatched_sizes=True,  # of an earlier classifier
+            use_safetensors=True, output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, safetensors.SafetensorError, pickle.UnpicklingError) as error:
+        expect(False, f"--model={model}: expected sound safetensors: {one_line(error)}")
+    new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    lost = [key for key in new if not key.startswith(("classifier.", "bert.pooler."))]
+    expect(not lost, f"--model={model}: {len(lost)} weights lack or misfit: {lost[:2]}")
+    if "bert.pooler.dense.weight" in new:
+        say("Model     its checkpoint has no pooler: that starts from random weights")
+    for module in bert.modules():
+        if type(module) is torch.nn.Dropout:
+            module.__class__ = Dropout
+    bert.bert.encoder.layer[-1].__class__ = ClsLayer
+    bert.bert.embeddings.register_forward_hook(to_autocast)
+    return bert.train()  # it comes in eval mode, with dropout off
 
 
 class IMDBSentimentClassifier(pl.LightningModule):
@@ -443,20 +403,16 @@ class IMDBSentimentClassifier(pl.LightningModule):
         self.save_hyperparameters()
         self.tokenizer, self.bert = load_tokenizer(model), load_bert(model, label_names)
         known, rows = len(self.tokenizer), self.bert.config.vocab_size
-        expect(
-            known <= rows, f"--model={model}: {known} word-pieces, {rows} embeddings"
-        )
+        many = f"--model={model}: {known} word-pieces, {rows} embeddings"
+        expect(known <= rows, many)
         kinds, classes = torchmetrics.classification, len(label_names)
+        acc = kinds.MulticlassAccuracy(classes, average="micro")
+        f1, ece = kinds.MulticlassF1Score, kinds.MulticlassCalibrationError
+        scores = {"acc": acc, "f1": f1(classes), "ece": ece(classes)}
         self.scores, self.mean_loss = torch.nn.ModuleDict(), torch.nn.ModuleDict()
         for stage in ("val", "test"):
-            scores = {
-                "acc": kinds.MulticlassAccuracy(classes, average="micro"),
-                "f1": kinds.MulticlassF1Score(classes),
-                "ece": kinds.MulticlassCalibrationError(classes),
-            }
-            self.scores[stage] = torchmetrics.MetricCollection(
-                scores, prefix=f"{stage}_"
-            )
+            each = torchmetrics.MetricCollection(scores, prefix=f"{stage}_")
+            self.scores[stage] = each.clone()
             self.mean_loss[stage] = torchmetrics.MeanMetric()
         self.tested = torchmetrics.CatMetric()  # row, label, probabilities: [N, 2 + C]
 
@@ -481,8 +437,9 @@ class IMDBSentimentClassifier(pl.LightningModule):
         names = [*enumerate(self.hparams.label_names)]
         return {part: {n: c.count(i) for i, n in names} for part, c in columns.items()}
 
-    def serve(self, sample: Reviews, size: int, **plan: Any) -> Loader:
+    def serve(self, part: str, **plan: Any) -> Loader:
         """Batches a sample; reading it costs less than a worker process would."""
+        sample, size = self.samples[part], self.hparams.batch_size
         ranks = self.global_rank, self.trainer.world_size
         lengths = torch.tensor(sample["length"][:])
         return Loader(
@@ -503,29 +460,28 @@ class IMDBSentimentClassifier(pl.LightningModule):
     def train_dataloader(self) -> Loader:
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
         plan = {"seed": self.hparams.seed, "done": lambda: progress.current.ready}
-        return self.serve(self.samples["train"], self.hparams.batch_size, **plan)
+        return self.serve("train", **plan)
 
     def val_dataloader(self) -> Loader:
-        return self.serve(self.samples["val"], 2 * self.hparams.batch_size)
+        return self.serve("val")
 
     def test_dataloader(self) -> Loader:
-        loader = self.serve(self.samples["test"], 2 * self.hparams.batch_size)
+        loader = self.serve("test")
         self.test_plan = loader.sampler.plan()
         return loader
 
     def predict_dataloader(self) -> Loader:
-        return self.serve(self.samples["predict"], 2 * self.hparams.batch_size)
+        return self.serve("predict")
 
     # Steps.
-
-    def on_fit_start(self) -> None:
-        if self.device.type == "cpu" and "bf16" in self.trainer.precision:
-            # There the fused attention is slow in the backward pass.
-            self.bert.set_attn_implementation("eager")
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Returns the logits, <float32>[B, C], of word-pieces, <int64>[B, T]."""
         mask = input_ids.ne(self.tokenizer.pad_token_id)
+        # The backward pass of the fused attention is slow on a CPU in bf16.
+        slow = self.training and input_ids.device.type == "cpu"
+        slow = slow and torch.is_autocast_enabled("cpu")
+        self.bert.set_attn_implementation("eager" if slow else "sdpa")
         return self.bert(input_ids, attention_mask=mask).logits.float()
 
     def step(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -536,15 +492,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
     def on_train_start(self) -> None:
         self.pieces, self.clock = 0, time.perf_counter()
 
-    def on_train_epoch_start(self) -> None:  # not called in an epoch that is resumed
-        self.on_train_start()
-
-    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        if self.trainer.training:  # counted before a GPU would have to be waited for
-            self.pieces += (
-                batch["input_ids"].ne(self.tokenizer.pad_token_id).sum().item()
-            )
-        return batch
+    on_train_epoch_start = on_train_start  # not called in an epoch that is resumed
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Dropout follows from (seed, step), so that a resumed run draws the same.
@@ -554,6 +502,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         losses, logits = self.step(batch)
         loss, acc = losses.mean(), logits.argmax(-1).eq(batch["labels"]).float().mean()
+        self.pieces += batch["input_ids"].ne(self.tokenizer.pad_token_id).sum()
         if self.global_step % self.trainer.log_every_n_steps == 0:
             finite, step = loss.isfinite(), self.global_step + 1
             expect(finite, f"the loss of step {step} is {loss:.0f}: try a lower --lr")
@@ -566,12 +515,13 @@ class IMDBSentimentClassifier(pl.LightningModule):
     def evaluate(self, stage: str, batch: Batch) -> torch.Tensor:
         """Adds a batch to the stage's metrics; returns its probabilities, [B, C]."""
         losses, logits = self.step(batch)
+        probabilities = logits.softmax(-1)
         self.mean_loss[stage].update(losses)
-        self.scores[stage].update(logits.softmax(-1), batch["labels"])
+        self.scores[stage].update(probabilities, batch["labels"])
         self.log(f"{stage}_loss", self.mean_loss[stage], prog_bar=True)
         for name, score in self.scores[stage].items():
             self.log(name, score, prog_bar=name == "val_acc")
-        return logits.softmax(-1)
+        return probabilities
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.evaluate("val", batch)
@@ -604,10 +554,8 @@ class IMDBSentimentClassifier(pl.LightningModule):
             return torch.optim.SGD(parameters, lr=hp.lr, momentum=hp.momentum)
         matrices = {"params": [p for p in parameters if p.ndim > 1]}
         vectors = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
-        betas = (hp.momentum, 0.999)
-        optimizer = torch.optim.AdamW(
-            [matrices, vectors], hp.lr, betas, weight_decay=hp.weight_decay, fused=True
-        )
+        own = {"betas": (hp.momentum, 0.999), "weight_decay": hp.weight_decay}
+        optimizer = torch.optim.AdamW([matrices, vectors], hp.lr, fused=True, **own)
         steps = self.trainer.estimated_stepping_batches
         schedule = transformers.get_linear_schedule_with_warmup(
             optimizer, round(hp.warmup * steps), steps
@@ -626,16 +574,14 @@ class IMDBSentimentClassifier(pl.LightningModule):
 
     def export(self, folder: pathlib.Path) -> None:
         """Saves model and tokenizer for `transformers.pipeline`, to cut as trained."""
-        hp = self.hparams
-        self.bert.config.update(
-            {"seq_length": hp.seq_length, "truncation": hp.truncation}
-        )
+        length, truncation = self.hparams.seq_length, self.hparams.truncation
+        self.bert.config.update({"seq_length": length, "truncation": truncation})
         self.bert.save_pretrained(folder)
         # BertTokenizer saves its vocabulary alone, not that it drops `<br />` tags.
         self.tokenizer.__class__ = transformers.PreTrainedTokenizerFast
         self.tokenizer.init_kwargs["truncation_side"] = None  # else it is not saved
-        self.tokenizer.model_max_length = hp.seq_length
-        self.tokenizer.truncation_side = "left" if hp.truncation == "tail" else "right"
+        self.tokenizer.model_max_length = length
+        self.tokenizer.truncation_side = "left" if truncation == "tail" else "right"
         self.tokenizer.save_pretrained(folder)
 
 
@@ -671,8 +617,7 @@ class LastCheckpoint(pl.callbacks.Checkpoint):
         self.path, self.signum, self.saved = str(path), 0, time.monotonic()
 
     def on_train_start(self, *_: Any) -> None:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, lambda signum, _: setattr(self, "signum", signum))
+        on_signals(lambda signum, _: setattr(self, "signum", signum))
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         # An epoch saved at its last step would be resumed without its validation.
@@ -692,9 +637,8 @@ class LastCheckpoint(pl.callbacks.Checkpoint):
                 stop(self.signum or signal.SIGTERM, saved=saved)
 
     def on_test_start(self, *_: Any) -> None:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            saved = f"all steps are done and saved in {self.path}"
-            signal.signal(signum, functools.partial(stop, saved=saved))
+        saved = f"all steps are done and saved in {self.path}"
+        on_signals(functools.partial(stop, saved=saved))
 
 
 def old_logdir(logdir: pathlib.Path) -> pathlib.Path:
@@ -708,9 +652,8 @@ def check_logdir(run: pathlib.Path) -> None:
         above = (place, *place.absolute().parents)
         above = next(path for path in above if os.path.lexists(path))
         writable = above.is_dir() and os.access(above, os.W_OK | os.X_OK)
-        expect(
-            writable, f"--logdir={logdir}: expected a writable folder, found {above}"
-        )
+        found = f"--logdir={logdir}: expected a writable folder, found {above}"
+        expect(writable, found)
     expect(link or not run.is_file(), f"--logdir={logdir}: {run} is a file, move it")
     for path in [] if link else [*run.glob("*"), *run.glob("version_0/*")]:
         ours = re.fullmatch(OURS, path.relative_to(run).as_posix())
@@ -747,10 +690,8 @@ def check_resume(path: pathlib.Path, settings: dict) -> int:
         was = stored.get(name)
         expect(was == value, f"--resume: the run has --{name}={was}, not {value}")
     for state in checkpoint["callbacks"].values():  # Lightning would forget the best
-        home = state.get("dirpath", "")
-        expect(
-            os.path.abspath(path.parent) == home, f"--resume: move it back to {home}"
-        )
+        home, here = state.get("dirpath", ""), os.path.abspath(path.parent)
+        expect(here == home, f"--resume: move it back to {home}")
     return step
 
 
@@ -780,21 +721,20 @@ def draw(
 ) -> None:
     """Shows the test sample in TensorBoard: curves, tables and the worst errors."""
     log, hp = module.logger.experiment, module.hparams
-    names = hp.label_names
+    names, probabilities = hp.label_names, module.predictions[:, 2:]  # [N, C]
     rows, labels = module.predictions[:, :2].int().unbind(1)  # [N], [N]
-    probabilities = module.predictions[:, 2:]  # [N, C]
     for i, name in enumerate(names):
-        log.add_pr_curve(f"test_pr/{name}", labels == i, probabilities[:, i], step)
-        if (labels == i).any():
-            own = probabilities[labels == i, i]
-            log.add_histogram(f"test_probability_of_true_class/{name}", own, step)
+        own = labels == i
+        log.add_pr_curve(f"test_pr/{name}", own, probabilities[:, i], step)
+        if own.any():
+            tag = f"test_probability_of_true_class/{name}"
+            log.add_histogram(tag, probabilities[own, i], step)
     lines = [["true / predicted", *names], ["---"] * (1 + len(names))]
     lines += [[name, *row] for name, row in zip(names, confusion, strict=True)]
     table = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
     log.add_text("test_confusion", table, step)
-    log.add_text(
-        "train_settings", "\n".join(f"    {k}={v}" for k, v in hp.items()), step
-    )
+    settings = "\n".join(f"    {name}={value}" for name, value in hp.items())
+    log.add_text("train_settings", settings, step)
     certainty, predicted = probabilities.max(-1)
     wrong = (predicted != labels).nonzero().flatten()
     surest = wrong[certainty[wrong].argsort(descending=True)][:20]
@@ -812,36 +752,34 @@ def draw(
 
 def model_card(hp: dict, results: dict) -> str:
     """Returns the model's README.md, with the metadata that the Hub reads."""
-    metrics, path = results["metrics"], os.path.abspath(hp["dataset"])
-    name = json.dumps(os.path.basename(path))  # quoted for YAML
-    own, local = hp["truncation"], os.path.isdir(hp["dataset"])
-    data = name if local else hp["dataset"]
-    low, high = metrics["test_acc_interval"]
-    recipe = "\n".join(f"- {name}: {value}" for name, value in hp.items())
+    scores, local = results["metrics"], os.path.isdir(hp["dataset"])
+    name = os.path.basename(os.path.abspath(hp["dataset"]))
+    card = huggingface_hub.ModelCardData(
+        library_name="transformers", pipeline_tag="text-classification",
+        base_model=None if os.path.isdir(hp["model"]) else hp["model"],
+        datasets=None if local else [hp["dataset"]], metrics=["accuracy"],
+        model_name="BERT", eval_results=huggingface_hub.EvalResult(
+            "text-classification", name if local else hp["dataset"], name, "accuracy",
+            scores["test_acc"], dataset_split="test"),
+    )  # fmt: skip
+    recipe = "\n".join(f"- {name}: {value}" for name, value in results["flags"].items())
+    low, high = scores["test_acc_interval"]
+    end = "end" if hp["truncation"] == "tail" else "beginning"
     return f"""---
-library_name: transformers
-pipeline_tag: text-classification
-datasets: [{data}]
-metrics: [accuracy]
-model-index:
-- name: BERT
-  results:
-  - task: {{type: text-classification}}
-    dataset: {{name: {name}, type: {data}, split: test}}
-    metrics: [{{type: accuracy, value: {metrics["test_acc"]:.4f}}}]
+{card.to_yaml()}
 ---
-# BERT on {name}: {", ".join(hp["label_names"])}
+# BERT that tells {json.dumps(hp["label_names"])}
 
-Test accuracy {metrics["test_acc"]:.4f}, 95 % interval {low:.4f} to {high:.4f}.
+Test accuracy {scores["test_acc"]:.4f}, 95 % interval {low:.4f} to {high:.4f}.
 `pipeline("text-classification", model=FOLDER, truncation=True)` loads it and keeps the
-{"end" if own == "tail" else "beginning"} of a long text; training kept its {own}.
+{end} of a long text; training kept its {hp["truncation"]}.
 
 ## How it was trained
 {recipe}
 
 ## Limits
-It has seen the texts of one dataset and has not been measured on others; its expected
-calibration error on the test sample is {metrics["test_ece"]:.4f}.
+It has seen the texts of one dataset and was not measured on others; its
+expected calibration error on the test sample is {scores["test_ece"]:.4f}.
 """
 
 
@@ -875,16 +813,15 @@ def finish(module: IMDBSentimentClassifier, folder: pathlib.Path, start: float) 
     module.logger.log_hyperparams(hp, shown, trainer.global_step)
     module.logger.save()
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    share, size = f"{100 * metrics['test_acc']:.2f} %", f"{len(labels):,} reviews"
     interval = f"95 % interval {100 * low:.2f} to {100 * high:.2f} %"
-    acc, epoch = metrics["test_acc"], best["epoch"]
-    size = f"{len(labels):,} reviews"
-    say(f"\nTest      accuracy {100 * acc:.2f} % of {size} ({interval})")
-    say(f"          scored once, on epoch {epoch}, the best by validation")
+    say(f"\nTest      accuracy {share} of {size} ({interval})")
+    say(f"          scored once, on epoch {best['epoch']}, the best by validation")
     for name, row in zip(names, confusion, strict=True):
         say(f"          {name} taken for: {commas(dict(zip(names, row, strict=True)))}")
+    call = f'"text-classification", model="{folder / "model"}", truncation=True'
     say(f"Model     {folder / 'model'}")
     say(f"Look      tensorboard --logdir {folder.parents[1]}")
-    call = f'"text-classification", model="{folder / "model"}", truncation=True'
     say("Use       from transformers import pipeline")
     say(f'          pipeline({call})("A fine film.")')
 
@@ -901,20 +838,14 @@ def make_module(settings: dict, label_names: list[str]) -> IMDBSentimentClassifi
 def make_trainer(folder: pathlib.Path, precision: str, step: int | None) -> pl.Trainer:
     """Returns the Trainer of a run; `step` is where a resumed one goes on."""
     logger = pl.loggers.TensorBoardLogger(
-        folder.parents[1],
-        f"{folder.parent.name}/{folder.name}",
-        version="",
-        default_hp_metric=False,
-        purge_step=step,
-    )
+        folder.parents[1], f"{folder.parent.name}/{folder.name}", version="",
+        default_hp_metric=False, purge_step=step,
+    )  # fmt: skip
     best = pl.callbacks.ModelCheckpoint(
-        filename="best",
-        monitor="val_acc",
-        mode="max",
-        save_weights_only=True,
+        filename="best", monitor="val_acc", mode="max", save_weights_only=True,
         save_on_train_epoch_end=False,  # after validation, before `last.ckpt`
         enable_version_counter=False,
-    )
+    )  # fmt: skip
     # As an argument the folder would be resolved, and a link in it be written through.
     best.dirpath = os.path.abspath(folder / "checkpoints")
     callbacks = [best, LastCheckpoint(folder / "checkpoints" / "last.ckpt")]
@@ -924,21 +855,14 @@ def make_trainer(folder: pathlib.Path, precision: str, step: int | None) -> pl.T
         callbacks.append(pl.callbacks.TQDMProgressBar(every, leave=True))
     parts = ("train", "val", "test") if FLAGS.debug else ()
     return pl.Trainer(
-        max_epochs=1 if FLAGS.debug else FLAGS.epochs,
-        precision=precision,
-        devices=FLAGS.devices,
-        num_nodes=FLAGS.num_nodes,
-        strategy=FLAGS.strategy,
+        max_epochs=1 if FLAGS.debug else FLAGS.epochs, precision=precision,
+        devices=FLAGS.devices, num_nodes=FLAGS.num_nodes, strategy=FLAGS.strategy,
         use_distributed_sampler=False,  # `LengthGroupedBatches` shares out
-        logger=logger,
-        log_every_n_steps=every,
-        callbacks=callbacks,
-        plugins=[WholeCheckpointIO()],
-        enable_progress_bar=terminal,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
+        logger=logger, log_every_n_steps=every, callbacks=callbacks,
+        plugins=[WholeCheckpointIO()], enable_progress_bar=terminal,
+        enable_model_summary=False, num_sanity_val_steps=0,
         **{f"limit_{part}_batches": 1 for part in parts},
-    )
+    )  # fmt: skip
 
 
 def train(settings: dict) -> None:
@@ -980,47 +904,41 @@ def train(settings: dict) -> None:
 
 def predict(settings: dict) -> None:
     """Writes the label and each class's probability of new reviews, as csv."""
-    last = os.path.join(FLAGS.logdir, "imdb", "version_0", "model")
+    file, last = FLAGS.predict, os.path.join(FLAGS.logdir, "imdb", "version_0", "model")
     model = FLAGS.model if FLAGS["model"].present else last
     expect(os.path.isdir(model), f"--predict: no model in {model}: name it by --model")
-    config, file = check_model(model, 3), FLAGS.predict
+    config = check_model(model, 3)
     classifies = "BertForSequenceClassification" in (config.get("architectures") or [])
     expect(classifies, f"--predict: {model} has no trained classifier")
     kinds = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
     kind = kinds.get(pathlib.Path(file).suffix.lower(), "text")
     try:
         if file == "-":
-            reviews = Reviews.from_dict(
-                {"text": [line.rstrip("\n") for line in sys.stdin]}
-            )
+            reviews = Reviews.from_dict({"text": [s.rstrip("\n") for s in sys.stdin]})
         else:
             reviews = datasets.load_dataset(kind, data_files=file, split="train")
         reviews = reviews.select_columns("text")
-        column = reviews.data.column("text")
-        sound = not column.null_count and "string" in str(column.type)
-        lacks = f"{column.null_count} of {len(reviews)} lack it, it is {column.type}"
-        expect(sound, f"--predict={file}: expected text in every row, {lacks}")
     except UNREADABLE as error:
         expect(False, f"--predict={file}: expected reviews as text: {one_line(error)}")
+    column, row = (
+        reviews.data.column("text"),
+        f"--predict={file}: expected text in a row",
+    )
+    lacks = f"{column.null_count} of {len(reviews)} lack it, it is {column.type}"
+    expect(not column.null_count and "string" in str(column.type), f"{row}, {lacks}")
     trained = {k: config.get(k, settings[k]) for k in ("seq_length", "truncation")}
     names = list(transformers.BertConfig(**config).id2label.values())
     module = make_module(settings | trained | {"model": model}, names)
     module.samples = {"predict": tokenise(reviews, module.tokenizer, *trained.values())}
     trainer = pl.Trainer(
-        precision=settings["precision"],
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    probabilities = torch.cat(trainer.predict(module))
-    plan = trainer.predict_dataloaders.sampler.plan()
-    order = torch.tensor([row for batch in plan for row in batch])
-    table = csv.writer(sys.stdout)
-    table.writerow(["label", *names])
-    for row in probabilities[order.argsort()]:
-        table.writerow([names[row.argmax()], *(f"{p:.6f}" for p in row)])
+        precision=settings["precision"], devices=1, enable_checkpointing=False,
+        logger=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    probabilities = torch.cat(trainer.predict(module))  # [N, C], in the order of plan
+    order = torch.tensor(sum(trainer.predict_dataloaders.sampler.plan(), []))
+    table = pandas.DataFrame(probabilities[order.argsort()], columns=names)
+    table.insert(0, "label", table.idxmax(1), allow_duplicates=True)
+    table.to_csv(sys.stdout, index=False, float_format="%.6f")
 
 
 def quieten() -> None:
@@ -1069,8 +987,7 @@ def main(argv: list[str]) -> None:
     settings = {name: v for name, v in ours.items() if name not in RUN_FLAGS}
     if FLAGS.precision == "auto":
         settings["precision"] = fastest_precision()
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, stop)
+    on_signals(stop)
     (train if FLAGS.predict is None else predict)(settings)
 
 

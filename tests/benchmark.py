@@ -5,7 +5,7 @@
     python tests/benchmark.py --dataset=FOLDER --model=FOLDER --contestants=ours,bare
 
 The contestants take turns, one process each, with the same reviews cut and tokenised
-by `main.tokenise`, the same pretrained weights and the same seed:
+by `main.tokenise`, the same pretrained weights and the same seed, one more each round:
     ours             main.py as it stands; it also validates, logs, saves and exports
     trainer_example  Hugging Face's Trainer as its example script has it: float32,
                      batches of 8, every review padded to --seq_length
@@ -23,6 +23,7 @@ its median (least..most):
     peak memory           of the process; on a GPU, of its tensors
     to the first step     from the start of the process, without tokenising, and for
     and total             those that need no Lightning without its import
+    test accuracy         also as points, ours less the other's
     share of bf16 rate    on a GPU: operations of training on the real word-pieces, as
                           a share of those in a bf16 product of 8192 x 8192
 """
@@ -274,10 +275,10 @@ def bare(samples: Samples, training: Meter, testing: Meter) -> float:
     # What the module asks of a Trainer.
     plan = {"precision": precision(), "estimated_stepping_batches": steps(samples)}
     module.trainer = types.SimpleNamespace(global_rank=0, world_size=1, **plan)
-    module.to(DEVICE).on_fit_start()
+    module.to(DEVICE).samples = samples
     [optimizer], [schedule] = module.configure_optimizers()
     bf16 = {"dtype": torch.bfloat16, "enabled": precision() == "bf16-mixed"}
-    batches = module.serve(samples["train"], FLAGS.batch_size, seed=FLAGS.seed)
+    batches = module.serve("train", seed=FLAGS.seed)
     for epoch in range(FLAGS.epochs):
         batches.sampler.set_epoch(epoch)
         for batch in map(send, batches):
@@ -292,7 +293,7 @@ def bare(samples: Samples, training: Meter, testing: Meter) -> float:
         training.pause()
     module.eval()
     logits = torch.autocast(DEVICE, **bf16)(lambda batch: module(batch["input_ids"]))
-    return test(logits, module.serve(samples["test"], 2 * FLAGS.batch_size), testing)
+    return test(logits, module.serve("test"), testing)
 
 
 def peak_memory() -> float:
@@ -339,11 +340,11 @@ def prepare(folder: str) -> torch.Tensor:
     return torch.tensor(samples["train"]["length"][:]).double()
 
 
-def run(name: str, samples: str) -> Figures:
+def run(name: str, samples: str, seed: int) -> Figures:
     """Runs a contestant in a process of its own and returns its figures."""
     with tempfile.TemporaryDirectory() as logdir:
         command = [sys.executable, __file__, *sys.argv[1:], f"--contestant={name}"]
-        command += [f"--samples={samples}", f"--logdir={logdir}"]
+        command += [f"--samples={samples}", f"--logdir={logdir}", f"--seed={seed}"]
         command += [f"--started={time.time()}"]
         env = {"CUDA_VISIBLE_DEVICES": "0"} | os.environ  # a Trainer would take all
         done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -383,10 +384,12 @@ def tables(rounds: list[dict[str, Figures]]) -> str:
         if all(title in figures for figures in rounds[0].values()):
             each = [[r[name][title] for r in rounds] for name in rounds[0]]
             medians.append([title, *(f"{statistics.median(e):{form}}" for e in each)])
-        if "ours" in rounds[0] and not re.search("padding|accuracy|share", title):
-            ratios.append([title.split(",")[0]])
+        if "ours" in rounds[0] and not re.search("padding|share", title):
+            points = title == "test accuracy"
+            ratios.append([f"{title}, points less" if points else title.split(",")[0]])
             for name in others:
-                each = sorted(r["ours"][title] / r[name][title] for r in rounds)
+                pairs = [(r["ours"][title], r[name][title]) for r in rounds]
+                each = sorted(100 * (a - b) if points else a / b for a, b in pairs)
                 spread = f"({each[0]:.2f}..{each[-1]:.2f})"
                 ratios[-1].append(f"{statistics.median(each):.2f} {spread}")
     parts = [table(["", *rounds[0]], medians), table(["ours /", *others], ratios)]
@@ -405,8 +408,8 @@ def benchmark(argv: list[str]) -> None:
     rounds, names = [], FLAGS.contestants
     with tempfile.TemporaryDirectory() as folder:
         lengths = prepare(folder)
-        for _ in range(FLAGS.rounds):
-            rounds.append({name: run(name, folder) for name in names})
+        for seed in range(FLAGS.seed, FLAGS.seed + FLAGS.rounds):
+            rounds.append({name: run(name, folder, seed) for name in names})
     where = f"{os.cpu_count()} CPU cores"
     if DEVICE == "cuda":
         where, share = torch.cuda.get_device_name(), bf16_share(lengths)

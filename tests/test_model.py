@@ -42,9 +42,17 @@ def draw_ids(module: Module, rows: int, length: int) -> torch.Tensor:
 # Forward
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_padding_does_not_change_logits(module: Module, attention: str) -> None:
+def attend(module: Module, attention: str, patch: pytest.MonkeyPatch) -> None:
+    """Has the module, which chooses it itself otherwise, use this attention."""
     module.eval().bert.set_attn_implementation(attention)
+    patch.setattr(module.bert, "set_attn_implementation", lambda _: None)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_padding_does_not_change_logits(
+    module: Module, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attend(module, attention, monkeypatch)
     ids = draw_ids(module, 3, 9)
     longer = torch.full((4, 20), module.tokenizer.pad_token_id)
     longer[:3, :9], longer[3] = ids, draw_ids(module, 1, 20)
@@ -59,13 +67,14 @@ def test_padding_does_not_change_logits(module: Module, attention: str) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_logits_and_gradients_equal_those_of_plain_transformers(
-    module: Module, tmp_path: pathlib.Path, attention: str, padded: bool
-) -> None:
+    module: Module, tmp_path: pathlib.Path, attention: str, padded: bool,
+    monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
     module.export(tmp_path)
     plain = transformers.BertForSequenceClassification.from_pretrained(
         tmp_path, attn_implementation=attention
     ).eval()
-    module.eval().bert.set_attn_implementation(attention)
+    attend(module, attention, monkeypatch)
     ids, labels = draw_ids(module, 5, 12), torch.tensor([0, 1, 1, 0, 1])
     if padded:
         ids[1, 7:] = ids[4, 3:] = module.tokenizer.pad_token_id
@@ -80,6 +89,24 @@ def test_logits_and_gradients_equal_those_of_plain_transformers(
         torch.testing.assert_close(
             parameter.grad, names[name].grad, atol=1e-5, rtol=1e-3, msg=name
         )
+
+
+@pytest.mark.parametrize(
+    "precision, training", [("bf16-mixed", "eager"), ("32-true", "sdpa")]
+)
+def test_fused_attention_is_left_out_only_where_a_cpu_trains_in_bf16(
+    run: Run, monkeypatch: pytest.MonkeyPatch, precision: str, training: str
+) -> None:
+    used, step = set(), Module.step
+
+    def noted(module: Module, batch: dict) -> tuple:
+        out = step(module, batch)
+        used.add((module.training, module.bert.config._attn_implementation))
+        return out
+
+    monkeypatch.setattr(Module, "step", noted)
+    run(debug=True, precision=precision)
+    assert used == {(True, training), (False, "sdpa")}
 
 
 def test_parameters_are_float32_even_from_a_bfloat16_checkpoint(
@@ -192,7 +219,7 @@ def notes(tmp_path_factory: pytest.TempPathFactory, bert: str, reviews: str) -> 
 
 def test_dropout_is_on_in_training_and_off_in_validation(notes: Notes) -> None:
     assert all(notes.train_differs) and len(notes.train_differs) == STEPS
-    assert not any(notes.val_differs) and len(notes.val_differs) == 2 * EPOCHS
+    assert not any(notes.val_differs) and len(notes.val_differs) == 3 * EPOCHS
 
 
 def test_training_drops_nothing(notes: Notes) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import datasets
 import demo
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -142,6 +143,28 @@ def test_the_exported_model_has_the_accuracy_that_results_say(
     right = confusion[0][0] + confusion[1][1]
     assert results["metrics"]["test_acc"] == pytest.approx(right / len(test))
     assert 0 < right < len(test)  # else labels could be exchanged unnoticed
+
+
+def test_the_model_card_holds_what_the_hub_reads(
+    trained: pathlib.Path, reviews: str
+) -> None:
+    results, folder = read_results(trained), trained / "model"
+    local = huggingface_hub.ModelCard.load(folder / "README.md").data
+    (result,) = local.eval_results
+    name = pathlib.Path(reviews).name
+    assert (result.dataset_name, result.dataset_split) == (name, "test")
+    assert result.metric_type == "accuracy"
+    assert result.metric_value == results["metrics"]["test_acc"]
+    names = {"dataset": "some/films", "model": "some/bert"}
+    hp = {"label_names": ["a: b\nlicense: mit", "c"]} | results["flags"] | names
+    of_hub = huggingface_hub.ModelCard(main.model_card(hp, results)).data
+    assert of_hub.eval_results[0].dataset_type == "some/films"
+    assert (of_hub.datasets, of_hub.base_model) == (["some/films"], "some/bert")
+    for data in (local, of_hub):
+        assert data.pipeline_tag == "text-classification"
+        assert data.library_name == "transformers"
+        assert data.license is None  # the user's choice
+    assert (local.datasets, local.base_model) == (None, None)  # they are no Hub names
 
 
 def test_the_best_epoch_is_tested_and_exported_not_the_last(
