@@ -64,7 +64,6 @@ Reviews = datasets.Dataset
 FLAGS = flags.FLAGS
 # Flags that do not belong to the experiment: `--resume` lets them differ.
 RUN_FLAGS = ("debug", "predict", "resume", "logdir")
-TRAINER_FLAGS = ("epochs", "precision", "devices", "num_nodes", "strategy")
 SAVE_EVERY = 600  # seconds between two `last.ckpt`, at most
 UNREADABLE = (datasets.exceptions.DatasetsError, OSError, ValueError)
 # What a run leaves in its folder; a folder with anything else is somebody's own.
@@ -115,7 +114,7 @@ flags.DEFINE_enum("precision", "auto", ["auto", "32-true", "bf16-mixed"],
 flags.DEFINE_integer("devices", 1,
     "GPUs, or CPU processes, a machine; the global batch grows with them.", 1)
 flags.DEFINE_integer("num_nodes", 1,
-    "Machines; start the command on each, by SLURM or torchrun.", 1)
+    "Machines with LOGDIR on a disk they share; each by SLURM or torchrun.", 1)
 flags.DEFINE_enum("strategy", "auto", ["auto", "ddp"],
     "auto takes ddp for more than one device.")
 # fmt: on
@@ -182,6 +181,7 @@ def load_reviews(dataset: str) -> datasets.DatasetDict:
             empty = table.null_count
             row = table.to_pylist().index(None) + 1 if empty else None
             lacks = f"{part} lacks {empty} of {len(split)}, the first in row {row}"
+            lacks += " (a csv's NA, None and null are taken for missing)"
             expect(not empty, f"{flag} a {column} in every row, {lacks}")
             kinds = r"(large_)?string" + (r"|u?int\d+" if column == "label" else "")
             wrong = f"strings, or whole numbers as labels; {column} is {table.type}"
@@ -224,10 +224,7 @@ def head_room(seq_length: int, truncation: str) -> int:
     return {"head": room, "tail": 0, "head_tail": room // 4}[truncation]
 
 
-def tokenise(
-    samples: Any, tokenizer: transformers.BertTokenizer, seq_length: int,
-    truncation: str
-) -> Any:  # fmt: skip
+def tokenise(samples: Any, tokenizer: Any, seq_length: int, truncation: str) -> Any:
     """Turns texts into word-pieces, at most `seq_length`; cached on disk by `datasets`.
 
     Returns:
@@ -237,8 +234,8 @@ def tokenise(
     room, head = seq_length - 2, head_room(seq_length, truncation)
     cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
 
-    # The cache is named after all that this function holds: never `self` or FLAGS.
-    def cut(batch: dict[str, list]) -> dict[str, list]:
+    # Its variables name the cache: `self` or FLAGS among them, it is not found again.
+    def encode(batch: dict[str, list]) -> dict[str, list]:
         pieces = tokenizer(batch["text"], add_special_tokens=False, verbose=False)
         cuts = [max(0, len(review) - room) for review in pieces["input_ids"]]
         input_ids = [
@@ -247,7 +244,7 @@ def tokenise(
         ]
         return {"input_ids": input_ids, "length": [*map(len, input_ids)], "cut": cuts}
 
-    return samples.map(cut, batched=True, remove_columns="text", desc="Tokenising")
+    return samples.map(encode, batched=True, remove_columns="text", desc="Tokenising")
 
 
 class LengthGroupedBatches(torch.utils.data.Sampler):
@@ -271,20 +268,20 @@ class LengthGroupedBatches(torch.utils.data.Sampler):
     ) -> None:  # fmt: skip
         self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
         self.rank, self.world_size, self.done, self.epoch = rank, world_size, done, 0
-        few = f"{len(lengths)} reviews make no batch for each of {world_size} processes"
-        expect(len(self) * world_size <= len(lengths), f"{few}: lower --devices")
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return math.ceil(len(self.lengths) / (self.batch_size * self.world_size))
+        size, most = len(self.lengths), self.batch_size * self.world_size
+        # The latter where batches of one would leave a process without its last.
+        return min(math.ceil(size / most), size // self.world_size)
 
     def plan(self) -> list[list[int]]:
         """Returns this process's batches of the epoch, as rows of the sample."""
         lengths, order = self.lengths.double(), torch.arange(len(self))
         if self.seed is not None:
-            # Python hashes integers alike in every process.
+            # Unlike a string's, the hash of integers is the same in every process.
             mixed = hash((self.seed, self.epoch)) % 2**32
             generator = torch.Generator().manual_seed(mixed)
             # A jitter of 1 % makes new batches every epoch, for little padding.
@@ -348,20 +345,18 @@ class ClsLayer(modeling_bert.BertLayer):
     ) -> torch.Tensor:
         cls = hidden[:, :1]  # [B, 1, H] of [B, T, H]
         mask = None if mask is None else mask[:, :, :1]  # [B, 1, 1, T]
+        # It takes the queries of [CLS], the keys and values of all; same weights.
         attend = modeling_bert.BertCrossAttention.forward
         context, _ = attend(self.attention.self, cls, hidden, mask)
         return self.feed_forward_chunk(self.attention.output(context, cls))
 
 
-def to_autocast(module: torch.nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
-    """Enters the layers in bf16 on a CPU, where each would cast its own input."""
-    bf16 = out.device.type == "cpu" and torch.is_autocast_enabled("cpu")
-    return out.bfloat16() if bf16 else out
+def cast_once(module: torch.nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
+    """Casts the embeddings to bf16 on a CPU, so that no layer casts its own input."""
+    return out.bfloat16() if torch.is_autocast_enabled("cpu") else out
 
 
-def load_bert(
-    model: str, names: list[str]
-) -> transformers.BertForSequenceClassification:
+def load_bert(model: str, names: list[str]) -> torch.nn.Module:
     """Loads float32 weights, ready to train; only classifier or pooler may be new."""
     labels, load = dict(enumerate(names)), modeling_bert.BertForSequenceClassification
     try:
@@ -384,26 +379,27 @@ def load_bert(
         if type(module) is torch.nn.Dropout:
             module.__class__ = Dropout
     bert.bert.encoder.layer[-1].__class__ = ClsLayer
-    bert.bert.embeddings.register_forward_hook(to_autocast)
+    bert.bert.embeddings.register_forward_hook(cast_once)
     return bert.train()  # it comes in eval mode, with dropout off
 
 
 class IMDBSentimentClassifier(pl.LightningModule):
     """BERT with a linear head on [CLS], and its data, metrics and optimiser.
 
-    The arguments are the flags of these names, and the names of the classes in order.
+    The arguments are the flags of these names, and the names of the classes in order;
+    those of the Trainer are noted among the hyper-parameters.
     """
 
     def __init__(
         self, *, dataset: str, percent: int, seq_length: int, truncation: str,
         model: str, label_names: list[str], batch_size: int, optimizer: str, lr: float,
-        momentum: float, weight_decay: float, warmup: float, seed: int
+        momentum: float, weight_decay: float, warmup: float, seed: int, **trainer: Any
     ) -> None:  # fmt: skip
         super().__init__()
         self.save_hyperparameters()
         self.tokenizer, self.bert = load_tokenizer(model), load_bert(model, label_names)
         known, rows = len(self.tokenizer), self.bert.config.vocab_size
-        many = f"--model={model}: {known} word-pieces, {rows} embeddings"
+        many = f"--model={model}: {known} word-pieces, but only {rows} embeddings"
         expect(known <= rows, many)
         kinds, classes = torchmetrics.classification, len(label_names)
         acc = kinds.MulticlassAccuracy(classes, average="micro")
@@ -418,18 +414,14 @@ class IMDBSentimentClassifier(pl.LightningModule):
 
     # Data: one process fills the cache in `prepare_data`, all read it in `setup`.
 
-    def load(self) -> datasets.DatasetDict:
-        hp = self.hparams
-        samples = load_samples(hp.dataset, hp.percent, hp.seed)
-        return tokenise(samples, self.tokenizer, hp.seq_length, hp.truncation)
-
     def prepare_data(self) -> None:
-        if not hasattr(self, "samples"):
-            self.load()
+        self.setup("fit")
 
     def setup(self, stage: str) -> None:
         if not hasattr(self, "samples"):
-            self.samples = self.load()
+            hp = self.hparams
+            drawn = load_samples(hp.dataset, hp.percent, hp.seed)
+            self.samples = tokenise(drawn, self.tokenizer, hp.seq_length, hp.truncation)
 
     def class_counts(self) -> dict[str, dict[str, int]]:
         """Returns how many reviews of each class each sample has."""
@@ -440,11 +432,11 @@ class IMDBSentimentClassifier(pl.LightningModule):
     def serve(self, part: str, **plan: Any) -> Loader:
         """Batches a sample; reading it costs less than a worker process would."""
         sample, size = self.samples[part], self.hparams.batch_size
-        ranks = self.global_rank, self.trainer.world_size
+        rank, world_size = self.global_rank, self.trainer.world_size
         lengths = torch.tensor(sample["length"][:])
         return Loader(
             sample.remove_columns(["length", "cut"]),
-            sampler=LengthGroupedBatches(lengths, size, *ranks, **plan),
+            sampler=LengthGroupedBatches(lengths, size, rank, world_size, **plan),
             batch_size=None,  # the sampler draws whole batches
             collate_fn=self.collate,
             pin_memory=torch.cuda.is_available(),
@@ -479,8 +471,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
         """Returns the logits, <float32>[B, C], of word-pieces, <int64>[B, T]."""
         mask = input_ids.ne(self.tokenizer.pad_token_id)
         # The backward pass of the fused attention is slow on a CPU in bf16.
-        slow = self.training and input_ids.device.type == "cpu"
-        slow = slow and torch.is_autocast_enabled("cpu")
+        slow = self.training and torch.is_autocast_enabled("cpu")
         self.bert.set_attn_implementation("eager" if slow else "sdpa")
         return self.bert(input_ids, attention_mask=mask).logits.float()
 
@@ -492,7 +483,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
     def on_train_start(self) -> None:
         self.pieces, self.clock = 0, time.perf_counter()
 
-    on_train_epoch_start = on_train_start  # not called in an epoch that is resumed
+    on_train_epoch_start = on_train_start  # not called where an epoch is resumed
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Dropout follows from (seed, step), so that a resumed run draws the same.
@@ -503,8 +494,9 @@ class IMDBSentimentClassifier(pl.LightningModule):
         losses, logits = self.step(batch)
         loss, acc = losses.mean(), logits.argmax(-1).eq(batch["labels"]).float().mean()
         self.pieces += batch["input_ids"].ne(self.tokenizer.pad_token_id).sum()
-        if self.global_step % self.trainer.log_every_n_steps == 0:
-            finite, step = loss.isfinite(), self.global_step + 1
+        step, every = self.global_step + 1, self.trainer.log_every_n_steps
+        if step % every == 0 or self.trainer.is_last_batch:
+            finite = loss.isfinite()
             expect(finite, f"the loss of step {step} is {loss:.0f}: try a lower --lr")
             speed = self.pieces / (time.perf_counter() - self.clock)
             self.log("speed", speed * self.trainer.world_size, prog_bar=True)
@@ -532,8 +524,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
         self.tested.update(torch.column_stack(scored))
 
     def on_test_epoch_end(self) -> None:
-        predictions = self.tested.compute()  # of all processes
-        self.predictions = predictions[predictions[:, 0].argsort()].cpu()
+        self.predictions = self.tested.compute().cpu()  # of all processes
 
     def predict_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         return self(batch["input_ids"]).softmax(-1)
@@ -542,9 +533,10 @@ class IMDBSentimentClassifier(pl.LightningModule):
         metrics = self.trainer.callback_metrics
         # No bar without a terminal; no metrics where a resumed run skips validation.
         if not sys.stdout.isatty() and "val_acc" in metrics:
-            names = ("train_loss", "train_acc", "val_loss", "val_acc", "speed")
-            figures = [f"{name} {metrics[name]:.4g}" for name in names]
-            say(f"Epoch {self.current_epoch}   {'  '.join(figures)}")
+            names = ("train_loss", "train_acc", "val_loss", "val_acc")
+            figures = "  ".join(f"{name} {metrics[name]:.4f}" for name in names)
+            speed = f"speed {metrics['speed']:,.0f}"
+            say(f"Epoch {self.current_epoch}   {figures}  {speed}")
 
     # Optimiser.
 
@@ -628,11 +620,12 @@ class LastCheckpoint(pl.callbacks.Checkpoint):
         self.save(trainer, True)
 
     def save(self, trainer: pl.Trainer, due: bool) -> None:
-        agree = functools.partial(trainer.strategy.reduce_boolean_decision, all=False)
-        if agree(due or self.signum > 0):
+        """Saves if one of the processes is due or has a signal, which ends them all."""
+        one = functools.partial(trainer.strategy.reduce_boolean_decision, all=False)
+        if one(due or self.signum > 0):
             trainer.save_checkpoint(self.path)
             self.saved = time.monotonic()
-            if agree(self.signum > 0):
+            if one(self.signum > 0):
                 saved = f"step {trainer.global_step} is done and saved in {self.path}"
                 stop(self.signum or signal.SIGTERM, saved=saved)
 
@@ -641,14 +634,11 @@ class LastCheckpoint(pl.callbacks.Checkpoint):
         on_signals(functools.partial(stop, saved=saved))
 
 
-def old_logdir(logdir: pathlib.Path) -> pathlib.Path:
-    return pathlib.Path(f"{os.path.abspath(logdir)}.old")
-
-
 def check_logdir(run: pathlib.Path) -> None:
     """Refuses a log folder that cannot be written, or holds what no run has left."""
     logdir, link = run.parent, run.is_symlink()
-    for place in (logdir, *([old_logdir(logdir)] if os.path.lexists(run) else [])):
+    old = pathlib.Path(f"{os.path.abspath(logdir)}.old")
+    for place in (logdir, old) if os.path.lexists(run) else (logdir,):
         above = (place, *place.absolute().parents)
         above = next(path for path in above if os.path.lexists(path))
         writable = above.is_dir() and os.access(above, os.W_OK | os.X_OK)
@@ -668,7 +658,7 @@ def clear(run: pathlib.Path) -> None:
         files = [run] if run.is_symlink() else [run, *run.glob("version_0/*")]
         written = max(path.lstat().st_mtime for path in files)
         stamp = datetime.datetime.fromtimestamp(written).strftime("%Y-%m-%d_%H-%M-%S")
-        old = old_logdir(run.parent) / stamp
+        old = pathlib.Path(f"{os.path.abspath(run.parent)}.old", stamp)
         while os.path.lexists(old):
             old = old.with_name(f"{old.name}+")
         sh.mkdir("-p", "--", old.parent)
@@ -678,7 +668,7 @@ def clear(run: pathlib.Path) -> None:
 def check_resume(path: pathlib.Path, settings: dict) -> int:
     """Returns the step of a checkpoint; refuses a broken one, or another run's."""
     finished = (path.parents[1] / "results.json").exists()
-    expect(not finished, "--resume: the run is finished; without --resume starts anew")
+    expect(not finished, "--resume: the run is finished; leave it out to start anew")
     expect(path.exists(), f"--resume: nothing to resume, found no {path}")
     try:
         checkpoint = torch.load(path, "cpu", mmap=True, weights_only=True)
@@ -691,7 +681,7 @@ def check_resume(path: pathlib.Path, settings: dict) -> int:
         expect(was == value, f"--resume: the run has --{name}={was}, not {value}")
     for state in checkpoint["callbacks"].values():  # Lightning would forget the best
         home, here = state.get("dirpath", ""), os.path.abspath(path.parent)
-        expect(here == home, f"--resume: move it back to {home}")
+        expect(here == home, f"--resume: the run was moved, move it back to {home}")
     return step
 
 
@@ -716,11 +706,9 @@ def describe(module: IMDBSentimentClassifier, trainer: pl.Trainer) -> None:
     say(f"Training  {trainer.max_epochs} epochs of {steps} steps of {batch} reviews")
 
 
-def draw(
-    module: IMDBSentimentClassifier, confusion: list[list[int]], step: int
-) -> None:
+def draw(module: IMDBSentimentClassifier, confusion: list[list[int]]) -> None:
     """Shows the test sample in TensorBoard: curves, tables and the worst errors."""
-    log, hp = module.logger.experiment, module.hparams
+    log, hp, step = module.logger.experiment, module.hparams, module.global_step
     names, probabilities = hp.label_names, module.predictions[:, 2:]  # [N, C]
     rows, labels = module.predictions[:, :2].int().unbind(1)  # [N], [N]
     for i, name in enumerate(names):
@@ -808,7 +796,7 @@ def finish(module: IMDBSentimentClassifier, folder: pathlib.Path, start: float) 
     }
     module.export(folder / "model")
     (folder / "model" / "README.md").write_text(model_card(hp, results))
-    draw(module, confusion, trainer.global_step)
+    draw(module, confusion)
     shown = {f"hparams/{k}": metrics[k] for k in ("test_acc", "val_acc", "val_loss")}
     module.logger.log_hyperparams(hp, shown, trainer.global_step)
     module.logger.save()
@@ -827,12 +815,8 @@ def finish(module: IMDBSentimentClassifier, folder: pathlib.Path, start: float) 
 
 
 def make_module(settings: dict, label_names: list[str]) -> IMDBSentimentClassifier:
-    """Returns the classifier; its hyper-parameters hold the Trainer's flags too."""
     pl.seed_everything(settings["seed"], verbose=False)
-    own = {name: v for name, v in settings.items() if name not in TRAINER_FLAGS}
-    module = IMDBSentimentClassifier(label_names=label_names, **own)
-    module.hparams.update(settings)
-    return module
+    return IMDBSentimentClassifier(label_names=label_names, **settings)
 
 
 def make_trainer(folder: pathlib.Path, precision: str, step: int | None) -> pl.Trainer:
@@ -849,7 +833,8 @@ def make_trainer(folder: pathlib.Path, precision: str, step: int | None) -> pl.T
     # As an argument the folder would be resolved, and a link in it be written through.
     best.dirpath = os.path.abspath(folder / "checkpoints")
     callbacks = [best, LastCheckpoint(folder / "checkpoints" / "last.ckpt")]
-    every = 10 if torch.cuda.is_available() else 1  # steps: logging waits for a GPU
+    # Logging waits for a GPU.
+    every = 10 if torch.cuda.is_available() and not FLAGS.debug else 1  # steps
     terminal = sys.stdout.isatty()
     if terminal:
         callbacks.append(pl.callbacks.TQDMProgressBar(every, leave=True))
@@ -868,8 +853,13 @@ def make_trainer(folder: pathlib.Path, precision: str, step: int | None) -> pl.T
 def train(settings: dict) -> None:
     """Checks all that can be known to be wrong, then trains, tests and exports."""
     start, hub = time.perf_counter(), huggingface_hub.HfApi()
-    run = pathlib.Path(FLAGS.logdir) / ("debug" if FLAGS.debug else "imdb")
+    logdir = pathlib.Path(FLAGS.logdir).expanduser()  # as Lightning does
+    run = logdir / ("debug" if FLAGS.debug else "imdb")
     folder, last, step = run / "version_0", None, None
+    wanted = FLAGS.devices * FLAGS.num_nodes
+    found = os.environ.get("WORLD_SIZE", wanted)  # of torchrun, or of Lightning
+    few = f"{found} processes started, --devices times --num_nodes is {wanted}"
+    expect(int(found) == wanted, few)
     check_logdir(run)
     if FLAGS.resume:
         last = folder / "checkpoints" / "last.ckpt"
@@ -883,6 +873,8 @@ def train(settings: dict) -> None:
         trainer = make_trainer(folder, settings["precision"], step)
     except pl.utilities.exceptions.MisconfigurationException as error:
         expect(False, one_line(error))
+    few = f"{trainer.world_size} processes, a sample has fewer reviews: lower --devices"
+    expect(min(map(len, samples.values())) >= trainer.world_size, few)
     if rank_zero_only.rank == 0:
         module.setup("fit")
         describe(module, trainer)
@@ -904,7 +896,8 @@ def train(settings: dict) -> None:
 
 def predict(settings: dict) -> None:
     """Writes the label and each class's probability of new reviews, as csv."""
-    file, last = FLAGS.predict, os.path.join(FLAGS.logdir, "imdb", "version_0", "model")
+    file, logdir = FLAGS.predict, os.path.expanduser(FLAGS.logdir)
+    last = os.path.join(logdir, "imdb", "version_0", "model")
     model = FLAGS.model if FLAGS["model"].present else last
     expect(os.path.isdir(model), f"--predict: no model in {model}: name it by --model")
     config = check_model(model, 3)
@@ -927,7 +920,9 @@ def predict(settings: dict) -> None:
     lacks = f"{column.null_count} of {len(reviews)} lack it, it is {column.type}"
     expect(not column.null_count and "string" in str(column.type), f"{row}, {lacks}")
     trained = {k: config.get(k, settings[k]) for k in ("seq_length", "truncation")}
-    names = list(transformers.BertConfig(**config).id2label.values())
+    check_model(model, trained["seq_length"])
+    labels = transformers.BertConfig(**config).id2label
+    names = [labels[i] for i in sorted(labels)]
     module = make_module(settings | trained | {"model": model}, names)
     module.samples = {"predict": tokenise(reviews, module.tokenizer, *trained.values())}
     trainer = pl.Trainer(
@@ -964,7 +959,8 @@ def keep_freed_memory() -> None:
     """Has glibc keep what a step frees, and spares it the page faults."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, in bytes
+        # M_MMAP_THRESHOLD, in bytes; older ones take 32 MiB at most.
+        libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25)
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, in bytes
 
 

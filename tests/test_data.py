@@ -227,7 +227,7 @@ def whole_plan(world_size: int, epoch: int = 0, **plan: Any) -> list[list[list[i
 @quick
 @hypothesis.given(
     lengths=lengths_like.map(torch.tensor),
-    batch_size=strategies.integers(2, 9),
+    batch_size=strategies.integers(1, 9),
     world_size=strategies.integers(1, 3),
     seed=strategies.none() | strategies.integers(0, 2**32 - 1),
     epoch=strategies.integers(0, 9),
@@ -242,7 +242,9 @@ def test_a_plan_holds_each_review_once_and_shares_evenly(
     assert sorted(sum(batches, [])) == list(range(len(lengths)))
     assert len({len(batches) for batches in ranks}) == 1  # or processes would hang
     sizes = {len(batch) for batch in batches}
-    assert min(sizes) >= 1 and max(sizes) <= batch_size
+    # Processes with batches of one cannot share an odd review, so one takes two.
+    most = max(batch_size, 1 if world_size == 1 else 2)
+    assert min(sizes) >= 1 and max(sizes) <= most
     assert max(sizes) - min(sizes) <= 1
     # Lengths are jittered by 1 %, so the longest may stand that far behind.
     first = max(lengths[i] for batches in ranks for i in batches[0])

@@ -189,6 +189,19 @@ def test_a_length_beyond_the_model_is_refused(refused: Refused) -> None:
     refused("--seq_length=65", "64", seq_length=65)
 
 
+def test_more_processes_than_reviews_are_refused(refused: Refused) -> None:
+    refused("14 processes", "--devices", devices=14)  # 13 reviews validate
+
+
+@pytest.mark.parametrize("started, devices", [("2", 1), ("1", 2), ("2", 3)])
+def test_another_number_of_processes_than_the_flags_say_is_refused(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch, started: str, devices: int
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", started)
+    words = f"{started} processes started", f"--num_nodes is {devices}"
+    refused("--devices", *words, devices=devices)
+
+
 # The folder of the logs.
 
 
@@ -812,6 +825,15 @@ def test_reviews_to_label_are_refused(
     write(tmp_path, files)
     shutil.copytree(trained.parent, tmp_path / "logs" / "imdb")
     refused("--predict", *words, predict=name)
+
+
+def test_a_length_beyond_the_model_that_labels_is_refused(
+    refused: Refused, trained: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    write(tmp_path, {"new.csv": CSV})
+    run = shutil.copytree(trained, tmp_path / "logs" / "imdb" / "version_0")
+    edit("config.json", seq_length=65)(run / "model")
+    refused("--seq_length=65", "64", predict="new.csv")
 
 
 def test_without_a_model_nothing_is_labelled(

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+import yaml
 from absl.testing import flagsaver
 from conftest import SETTINGS, call, write_reviews
 from tensorboard.backend.event_processing import event_accumulator
@@ -85,7 +87,10 @@ def test_results_hold_metrics_sizes_flags_and_versions(
         neg = sample["label"][:].count(0)
         assert results["samples"][part] == {"neg": neg, "pos": len(sample) - neg}
     flags = {"dataset": reviews, "model": bert} | SETTINGS
-    assert results["flags"].items() >= flags.items()
+    flags |= {"optimizer": "adamw", "devices": 1, "num_nodes": 1, "strategy": "auto"}
+    assert results["flags"] == flags
+    noted = yaml.safe_load((trained / "hparams.yaml").read_text())
+    assert noted == flags | {"label_names": ["neg", "pos"]}
     assert results["versions"]["torch"] == torch.__version__
     assert results["versions"]["transformers"] == transformers.__version__
     assert 0 < results["seconds"] < 120
@@ -275,6 +280,17 @@ def test_earlier_logs_are_moved_and_not_lost(run: Run, tmp_path: pathlib.Path) -
     assert (tmp_path / "logs" / "mine.txt").read_text() == "no run's"
 
 
+def test_a_tilde_is_the_home_for_all_that_a_run_leaves(
+    run: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    run(logdir="~/logs", debug=True)
+    left = files(tmp_path / "home/logs/debug/version_0")
+    assert left.keys() == RUN_FILES | {"events.out.tfevents"}
+    assert not (tmp_path / "~").exists()
+
+
 def test_debug_walks_the_whole_way_and_leaves_other_runs_alone(
     run: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -379,6 +395,22 @@ def test_predict_labels_each_review_in_order_as_the_pipeline_does(
         assert neg + pos == pytest.approx(1, abs=2e-6)
         assert name == ("pos" if pos > neg else "neg")
     assert files(trained.parents[1]) == before
+
+
+def test_labels_of_another_model_are_read_in_the_order_of_their_numbers(
+    trained: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = shutil.copytree(trained, tmp_path / "imdb" / "version_0") / "model"
+    (tmp_path / "new.txt").write_text("a fine film\nan awful film\n")
+    rows = []
+    for labels in ({"0": "neg", "1": "pos"}, {"1": "pos", "0": "neg"}):
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"id2label": labels}))
+        call(predict=str(tmp_path / "new.txt"), logdir=str(tmp_path))
+        rows.append(capsys.readouterr().out)
+    assert rows[0] == rows[1] and rows[0].startswith("label,neg,pos\n")
 
 
 def test_the_demo_shows_a_run_that_learns(
