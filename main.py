@@ -15,7 +15,7 @@ Flags by group, what a newcomer changes first in front:
     Run           debug predict resume seed logdir precision devices num_nodes strategy
 
 Shapes: B reviews in a batch, N in a sample; T word-pieces of a batch's longest review,
-with [CLS] and [SEP]; H the width of the model; C classes.
+with [CLS], [SEP] and padding to eights; H the width of the model; C classes.
 
 [1] Devlin et al. 2019, BERT: https://arxiv.org/abs/1810.04805
 [2] Sun et al. 2019, How to Fine-Tune BERT: https://arxiv.org/abs/1905.05583
@@ -444,8 +444,11 @@ class IMDBSentimentClassifier(pl.LightningModule):
 
     def collate(self, rows: dict[str, list]) -> Batch:
         """Pads to the longest review: <int64>[B, T] word-pieces, <int64>[B] labels."""
-        reviews = [torch.tensor(review) for review in rows.pop("input_ids")]
-        padded = pad_sequence(reviews, True, self.tokenizer.pad_token_id)
+        reviews, pad = rows.pop("input_ids"), self.tokenizer.pad_token_id
+        padded = pad_sequence([torch.tensor(review) for review in reviews], True, pad)
+        # To eights, as a CPU's library keeps kernels, 20 MB and more, for each T.
+        room = self.hparams.seq_length - padded.shape[1]
+        padded = F.pad(padded, (0, min(-padded.shape[1] % 8, room)), value=pad)
         labels = {f"{name}s": torch.tensor(column) for name, column in rows.items()}
         return {"input_ids": padded, **labels}
 

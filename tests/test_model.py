@@ -118,6 +118,19 @@ def test_parameters_are_float32_even_from_a_bfloat16_checkpoint(
     assert kinds == {torch.float32}
 
 
+@pytest.mark.parametrize("longest, padded", [(8, 8), (9, 16), (33, 40), (41, 43)])
+def test_batches_are_padded_to_eights_but_not_beyond_the_limit(
+    module: Module, longest: int, padded: int
+) -> None:
+    module.hparams.seq_length = 43
+    rows = {"input_ids": [[7] * longest, [7] * 3], "label": [1, 0]}
+    batch = module.collate(rows)
+    assert batch["input_ids"].shape == (2, padded)
+    pad = module.tokenizer.pad_token_id
+    assert batch["input_ids"].ne(pad).sum(1).tolist() == [longest, 3]
+    assert batch["labels"].tolist() == [1, 0]
+
+
 # Dropout
 
 
