@@ -363,7 +363,7 @@ def load_bert(model: str, names: list[str]) -> torch.nn.Module:
         bert, info = load.from_pretrained(
             model, id2label=labels, label2id={v: k for k, v in labels.items()},
             problem_type="single_label_classification", dtype=torch.float32,
-            attention_probs_dropout_prob=0.0,  # no less accurate, much faster on CPUs
+            attention_probs_dropout_prob=0.0,  # to draw it is slow on a CPU
             attn_implementation="sdpa",  # whatever its config names
             ignore_mismatched_sizes=True,  # of an earlier classifier
             use_safetensors=True, output_loading_info=True,
