@@ -414,14 +414,18 @@ class IMDBSentimentClassifier(pl.LightningModule):
 
     # Data: one process fills the cache in `prepare_data`, all read it in `setup`.
 
+    def load(self) -> datasets.DatasetDict:
+        hp = self.hparams
+        samples = load_samples(hp.dataset, hp.percent, hp.seed)
+        return tokenise(samples, self.tokenizer, hp.seq_length, hp.truncation)
+
     def prepare_data(self) -> None:
-        self.setup("fit")
+        if not hasattr(self, "samples"):
+            self.load()
 
     def setup(self, stage: str) -> None:
         if not hasattr(self, "samples"):
-            hp = self.hparams
-            drawn = load_samples(hp.dataset, hp.percent, hp.seed)
-            self.samples = tokenise(drawn, self.tokenizer, hp.seq_length, hp.truncation)
+            self.samples = self.load()
 
     def class_counts(self) -> dict[str, dict[str, int]]:
         """Returns how many reviews of each class each sample has."""
@@ -637,6 +641,16 @@ class LastCheckpoint(pl.callbacks.Checkpoint):
         on_signals(functools.partial(stop, saved=saved))
 
 
+def check_processes(reviews: int) -> None:
+    """Refuses more processes than reviews, or others than the flags say."""
+    wanted = FLAGS.devices * FLAGS.num_nodes
+    found = os.environ.get("WORLD_SIZE", wanted)  # of torchrun, or of Lightning
+    other = f"{found} processes started, --devices times --num_nodes is {wanted}"
+    expect(int(found) == wanted, other)
+    few = f"{wanted} processes, the smallest sample has {reviews} reviews"
+    expect(wanted <= reviews, f"{few}: lower --devices")
+
+
 def check_logdir(run: pathlib.Path) -> None:
     """Refuses a log folder that cannot be written, or holds what no run has left."""
     logdir, link = run.parent, run.is_symlink()
@@ -704,8 +718,9 @@ def describe(module: IMDBSentimentClassifier, trainer: pl.Trainer) -> None:
     size = sum(p.numel() for p in module.parameters()) / 1e6
     where = f"{width} x {trainer.strategy.root_device.type}, {hp.precision}"
     say(f"Model     {hp.model}\n          {size:.1f} M parameters, {where}")
-    batch = hp.batch_size * width
-    steps = 1 if FLAGS.debug else math.ceil(len(samples["train"]) / batch)
+    batch, lengths = hp.batch_size * width, samples["train"]["length"]
+    batches = LengthGroupedBatches(lengths, hp.batch_size, world_size=width)
+    steps = 1 if FLAGS.debug else len(batches)
     say(f"Training  {trainer.max_epochs} epochs of {steps} steps of {batch} reviews")
 
 
@@ -859,10 +874,6 @@ def train(settings: dict) -> None:
     logdir = pathlib.Path(FLAGS.logdir).expanduser()  # as Lightning does
     run = logdir / ("debug" if FLAGS.debug else "imdb")
     folder, last, step = run / "version_0", None, None
-    wanted = FLAGS.devices * FLAGS.num_nodes
-    found = os.environ.get("WORLD_SIZE", wanted)  # of torchrun, or of Lightning
-    few = f"{found} processes started, --devices times --num_nodes is {wanted}"
-    expect(int(found) == wanted, few)
     check_logdir(run)
     if FLAGS.resume:
         last = folder / "checkpoints" / "last.ckpt"
@@ -871,13 +882,12 @@ def train(settings: dict) -> None:
     check_name("dataset", FLAGS.dataset, hub.dataset_info)
     check_model(FLAGS.model, FLAGS.seq_length)
     samples = load_samples(FLAGS.dataset, FLAGS.percent, FLAGS.seed)
+    check_processes(min(map(len, samples.values())))
     module = make_module(settings, samples["train"].features["label"].names)
     try:
         trainer = make_trainer(folder, settings["precision"], step)
     except pl.utilities.exceptions.MisconfigurationException as error:
         expect(False, one_line(error))
-    few = f"{trainer.world_size} processes, a sample has fewer reviews: lower --devices"
-    expect(min(map(len, samples.values())) >= trainer.world_size, few)
     if rank_zero_only.rank == 0:
         module.setup("fit")
         describe(module, trainer)
@@ -916,12 +926,10 @@ def predict(settings: dict) -> None:
         reviews = reviews.select_columns("text")
     except UNREADABLE as error:
         expect(False, f"--predict={file}: expected reviews as text: {one_line(error)}")
-    column, row = (
-        reviews.data.column("text"),
-        f"--predict={file}: expected text in a row",
-    )
+    column = reviews.data.column("text")
+    sound = not column.null_count and "string" in str(column.type)
     lacks = f"{column.null_count} of {len(reviews)} lack it, it is {column.type}"
-    expect(not column.null_count and "string" in str(column.type), f"{row}, {lacks}")
+    expect(sound, f"--predict={file}: expected text in every row, {lacks}")
     trained = {k: config.get(k, settings[k]) for k in ("seq_length", "truncation")}
     check_model(model, trained["seq_length"])
     labels = transformers.BertConfig(**config).id2label
