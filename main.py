@@ -64,7 +64,7 @@ Reviews = datasets.Dataset
 FLAGS = flags.FLAGS
 # Flags that do not belong to the experiment: `--resume` lets them differ.
 RUN_FLAGS = ("debug", "predict", "resume", "logdir")
-SAVE_EVERY = 600  # seconds between two `last.ckpt`, at most
+SAVE_EVERY = 600  # seconds after which the next step writes `last.ckpt`
 UNREADABLE = (datasets.exceptions.DatasetsError, OSError, ValueError)
 # What a run leaves in its folder; a folder with anything else is somebody's own.
 OURS = r"version_0(/(events\.out\.tf.*|hparams.yaml|checkpoints|model|results.json))?"
@@ -75,14 +75,14 @@ say = rank_zero_only(functools.partial(print, flush=True))
 flags.DEFINE_string("dataset", "stanfordnlp/imdb",
     "Hub name, or folder with train and test files of text and label.")
 flags.DEFINE_integer("percent", 5,
-    "Whole per cent of train and test, of each class alike.", 1, 100)
+    "Whole per cent of train and test, stratified by class.", 1, 100)
 flags.DEFINE_integer("seq_length", 256,
     "Word-pieces kept of a review, [CLS] and [SEP] included.", 3)
 flags.DEFINE_enum("truncation", "tail", ["head", "tail", "head_tail"],
     "Part of a long review kept; head_tail: a quarter head, the rest tail [2].")
 # Model
 flags.DEFINE_string("model", "google-bert/bert-base-uncased",
-    "Hub name or folder of a BERT to train; to predict, a trained one.")
+    "Hub name or folder of a BERT to train; to predict, a trained one's folder.")
 # Optimisation
 flags.DEFINE_integer("epochs", 3,
     "Passes over train; the best by validation is tested and kept.", 1)
@@ -104,9 +104,9 @@ flags.DEFINE_boolean("debug", False,
 flags.DEFINE_string("predict", None,
     "Csv, jsonl or parquet with text, or reviews by line; - is stdin.")
 flags.DEFINE_boolean("resume", False,
-    "Go on from LOGDIR/imdb's last checkpoint, all other flags as they were.")
+    "Go on from the run's last checkpoint, with the flags of its training.")
 flags.DEFINE_integer("seed", 0,
-    "Draws the samples, the order, the head and dropout.", 0, 2**32 - 1)
+    "Draws the samples, the order, the classifier and dropout.", 0, 2**32 - 1)
 flags.DEFINE_string("logdir", "logs",
     "Folder of the run; the one before it moves to LOGDIR.old.")
 flags.DEFINE_enum("precision", "auto", ["auto", "32-true", "bf16-mixed"],
@@ -199,7 +199,7 @@ def load_reviews(dataset: str) -> datasets.DatasetDict:
 
 
 def stratified(reviews: Reviews, percent: int, seed: int) -> tuple[Reviews, Reviews]:
-    """Draws a percentage of reviews, of each class alike; returns it and the rest."""
+    """Draws a percentage of reviews, stratified by class; returns it and the rest."""
     size, plan = round(len(reviews) * percent / 100), {"stratify_by_column": "label"}
     try:
         parts = reviews.train_test_split(train_size=size, seed=seed, **plan)
@@ -255,7 +255,7 @@ class LengthGroupedBatches(torch.utils.data.Sampler):
 
     Args:
         lengths: <int64>[N] word-pieces of each review.
-        batch_size: Reviews in a batch, at most.
+        batch_size: Reviews in a batch, at most; batches of one may take two.
         rank: This process, of `world_size`.
         seed: Shuffles the batches, and like lengths among them; None, for evaluation.
         done: Tells, when an epoch starts, how many of its batches to skip.
@@ -384,7 +384,7 @@ def load_bert(model: str, names: list[str]) -> torch.nn.Module:
 
 
 class IMDBSentimentClassifier(pl.LightningModule):
-    """BERT with a linear head on [CLS], and its data, metrics and optimiser.
+    """BERT with a classifier of [CLS], and its data, metrics and optimiser.
 
     The arguments are the flags of these names, and the names of the classes in order;
     those of the Trainer are noted among the hyper-parameters.
@@ -412,7 +412,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
             self.mean_loss[stage] = torchmetrics.MeanMetric()
         self.tested = torchmetrics.CatMetric()  # row, label, probabilities: [N, 2 + C]
 
-    # Data: one process fills the cache in `prepare_data`, all read it in `setup`.
+    # Data: one process a machine fills the cache, all read it in `setup`.
 
     def load(self) -> datasets.DatasetDict:
         hp = self.hparams
@@ -450,7 +450,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
         """Pads to the longest review: <int64>[B, T] word-pieces, <int64>[B] labels."""
         reviews, pad = rows.pop("input_ids"), self.tokenizer.pad_token_id
         padded = pad_sequence([torch.tensor(review) for review in reviews], True, pad)
-        # To eights, as a CPU's library keeps kernels, 20 MB and more, for each T.
+        # To eights, as oneDNN keeps kernels, 20 MB and more, for each T.
         room = self.hparams.seq_length - padded.shape[1]
         padded = F.pad(padded, (0, min(-padded.shape[1] % 8, room)), value=pad)
         labels = {f"{name}s": torch.tensor(column) for name, column in rows.items()}
@@ -576,7 +576,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
         length, truncation = self.hparams.seq_length, self.hparams.truncation
         self.bert.config.update({"seq_length": length, "truncation": truncation})
         self.bert.save_pretrained(folder)
-        # BertTokenizer saves its vocabulary alone, not that it drops `<br />` tags.
+        # Loaded as a BertTokenizer it would no longer drop `<br />` tags.
         self.tokenizer.__class__ = transformers.PreTrainedTokenizerFast
         self.tokenizer.init_kwargs["truncation_side"] = None  # else it is not saved
         self.tokenizer.model_max_length = length
@@ -591,7 +591,10 @@ def wilson(share: float, n: int, z: float = 1.96) -> list[float]:
 
 
 class WholeCheckpointIO(pl.plugins.TorchCheckpointIO):
-    """Writes beside the earlier checkpoint and renames: it is whole or absent."""
+    """Writes beside the earlier checkpoint and renames, so that one is always whole.
+
+    Lightning's own writes to /tmp, and copies from there if that is another disk.
+    """
 
     def save_checkpoint(self, checkpoint: dict, path: str, *_: Any, **__: Any) -> None:
         partial = pathlib.Path(f"{path}.partial")
@@ -851,7 +854,7 @@ def make_trainer(folder: pathlib.Path, precision: str, step: int | None) -> pl.T
     # As an argument the folder would be resolved, and a link in it be written through.
     best.dirpath = os.path.abspath(folder / "checkpoints")
     callbacks = [best, LastCheckpoint(folder / "checkpoints" / "last.ckpt")]
-    # Logging waits for a GPU.
+    # To log, the CPU waits for the GPU.
     every = 10 if torch.cuda.is_available() and not FLAGS.debug else 1  # steps
     terminal = sys.stdout.isatty()
     if terminal:
@@ -889,7 +892,8 @@ def train(settings: dict) -> None:
     except pl.utilities.exceptions.MisconfigurationException as error:
         expect(False, one_line(error))
     if rank_zero_only.rank == 0:
-        module.setup("fit")
+        cut = FLAGS.seq_length, FLAGS.truncation
+        module.samples = tokenise(samples, module.tokenizer, *cut)
         describe(module, trainer)
         if not FLAGS.resume:
             clear(run)
@@ -941,7 +945,7 @@ def predict(settings: dict) -> None:
         logger=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     probabilities = torch.cat(trainer.predict(module))  # [N, C], in the order of plan
-    order = torch.tensor(sum(trainer.predict_dataloaders.sampler.plan(), []))
+    order = torch.cat([*map(torch.tensor, trainer.predict_dataloaders.sampler.plan())])
     table = pandas.DataFrame(probabilities[order.argsort()], columns=names)
     table.insert(0, "label", table.idxmax(1), allow_duplicates=True)
     table.to_csv(sys.stdout, index=False, float_format="%.6f")
@@ -976,7 +980,7 @@ def keep_freed_memory() -> None:
 
 
 def fastest_precision() -> str:
-    """Returns bf16 where the hardware computes in it, else float32."""
+    """Returns bf16 where a GPU or an x86 CPU computes in it, else float32."""
     if torch.cuda.is_available():
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
