@@ -104,7 +104,7 @@ flags.DEFINE_boolean("debug", False,
 flags.DEFINE_string("predict", None,
     "Csv, jsonl or parquet with text, or reviews by line; - is stdin.")
 flags.DEFINE_boolean("resume", False,
-    "Go on from the run's last checkpoint, with the flags of its training.")
+    "Go on from the run's last checkpoint; give its training flags again.")
 flags.DEFINE_integer("seed", 0,
     "Draws the samples, the order, the classifier and dropout.", 0, 2**32 - 1)
 flags.DEFINE_string("logdir", "logs",
@@ -892,8 +892,7 @@ def train(settings: dict) -> None:
     except pl.utilities.exceptions.MisconfigurationException as error:
         expect(False, one_line(error))
     if rank_zero_only.rank == 0:
-        cut = FLAGS.seq_length, FLAGS.truncation
-        module.samples = tokenise(samples, module.tokenizer, *cut)
+        module.setup("fit")
         describe(module, trainer)
         if not FLAGS.resume:
             clear(run)
