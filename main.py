@@ -3,16 +3,10 @@
     python main.py --debug                     the whole way on one batch, in seconds
     python main.py --percent=50 --epochs=10    half of IMDB; the default is 5 %
     python main.py --dataset=FOLDER            own reviews: train.csv and test.csv (or
-                                               jsonl, parquet) with text and label
+                                               tsv, jsonl, parquet) with text and label
     python main.py --resume                    go on with an interrupted run
     python main.py --predict=FILE              label new reviews with the last model
     tensorboard --logdir logs                  look at the run
-
-Flags by group, what a newcomer changes first in front:
-    Data          dataset percent seq_length truncation
-    Model         model
-    Optimisation  epochs batch_size optimizer lr momentum weight_decay warmup
-    Run           debug predict resume seed logdir precision devices num_nodes strategy
 
 Shapes: B reviews in a batch, N in a sample; T word-pieces of a batch's longest review,
 with [CLS], [SEP] and padding to eights; H the width of the model; C classes.
@@ -23,10 +17,13 @@ with [CLS], [SEP] and padding to eights; H the width of the model; C classes.
 [4] Wilson 1927, the score interval: https://doi.org/10.2307/2276774
 """
 
+import contextlib
 import ctypes
-import datetime
+import dataclasses
 import errno
 import functools
+import glob
+import hashlib
 import json
 import logging
 import math
@@ -40,9 +37,13 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
+
+if __name__ == "__main__":  # Ctrl-C while the libraries load ends without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import datasets
+import filelock
 import huggingface_hub
 import pandas
 import pytorch_lightning as pl
@@ -54,26 +55,42 @@ import torch.nn.functional as F
 import torchmetrics
 import transformers
 from absl import app, flags
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch.nn.utils.rnn import pad_sequence
 from transformers.models.bert import modeling_bert
 
 Batch = dict[str, torch.Tensor]
-Loader = torch.utils.data.DataLoader
 Reviews = datasets.Dataset
+Samples = datasets.DatasetDict  # train, val, test
 FLAGS = flags.FLAGS
-# Flags that do not belong to the experiment: `--resume` lets them differ.
+# Flags that do not belong to the experiment: a resumed run may have others.
 RUN_FLAGS = ("debug", "predict", "resume", "logdir")
 SAVE_EVERY = 600  # seconds after which the next step writes `last.ckpt`
-UNREADABLE = (datasets.exceptions.DatasetsError, OSError, ValueError)
-# What a run leaves in its folder; a folder with anything else is somebody's own.
-OURS = r"version_0(/(events\.out\.tf.*|hparams.yaml|checkpoints|model|results.json))?"
-say = rank_zero_only(functools.partial(print, flush=True))
+LOG_EVERY = 10  # steps: to log, the host waits for the device
+SAY_EVERY = 60  # seconds between two lines of progress, at least
+SHOWN = 20  # classes that terminal and TensorBoard show, at most
+READERS = {
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".parquet": ("parquet", {}),
+}
+UNREADABLE = (
+    datasets.exceptions.DatasetsError,
+    OSError,
+    RuntimeError,
+    StopIteration,
+    ValueError,
+)
+TEXT = r"(large_)?string"  # Arrow's types
+LABEL = TEXT + r"|u?int\d+"
 
 # fmt: off
 # Data
 flags.DEFINE_string("dataset", "stanfordnlp/imdb",
-    "Hub name, or folder with train and test files of text and label.")
+    "Hub name, or folder with train.csv and test.csv of text and label.")
 flags.DEFINE_integer("percent", 5,
     "Whole per cent of train and test, stratified by class.", 1, 100)
 flags.DEFINE_integer("seq_length", 256,
@@ -102,9 +119,9 @@ flags.DEFINE_float("warmup", 0.1,
 flags.DEFINE_boolean("debug", False,
     "Walk the whole way on one batch of each sample, in LOGDIR/debug.")
 flags.DEFINE_string("predict", None,
-    "Csv, jsonl or parquet with text, or reviews by line; - is stdin.")
+    "Csv, tsv, jsonl, parquet with text, or txt by line; - is stdin.")
 flags.DEFINE_boolean("resume", False,
-    "Go on from the run's last checkpoint; give its training flags again.")
+    "Go on with the run in LOGDIR, under its flags.")
 flags.DEFINE_integer("seed", 0,
     "Draws the samples, the order, the classifier and dropout.", 0, 2**32 - 1)
 flags.DEFINE_string("logdir", "logs",
@@ -118,104 +135,212 @@ flags.DEFINE_integer("num_nodes", 1,
 flags.DEFINE_enum("strategy", "auto", ["auto", "ddp"],
     "auto takes ddp for more than one device.")
 # fmt: on
-# Comparisons also refuse NaN, which passes absl's bounds.
-flags.register_validator("lr", lambda v: 0 < v < 1, "must be between 0 and 1")
-for rate in ("momentum", "weight_decay", "warmup"):
-    flags.register_validator(rate, lambda v: 0 <= v < 1, "must be at least 0, below 1")
 
 
-def expect(met: object, otherwise: str) -> None:
-    """Ends the program with one line and exit status 1 unless `met`."""
-    if not met:
-        sys.exit(f"main.py: {otherwise}")
+def is_rate(value: float) -> bool:
+    return 0 < value < 1  # refuses NaN too, which passes absl's bounds
 
 
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error.__cause__ or error).split())[:300]
+def is_share(value: float) -> bool:
+    return 0 <= value < 1
 
 
-def stop(signum: int, *_: Any, saved: str = "") -> None:
-    """Ends the program on a signal; tells what was saved and how to go on from it."""
-    command = shlex.join([a for a in sys.argv if a != "--resume"] + ["--resume"])
-    how = f"; {saved}; to go on from there: python {command}" if saved else ""
-    say(f"\nStopped{how}", file=sys.stderr)
-    sys.exit(128 + signum)
+flags.register_validator("lr", is_rate, "must be between 0 and 1")
+for name in ("momentum", "weight_decay", "warmup"):
+    flags.register_validator(name, is_share, "must be at least 0, below 1")
 
 
-def on_signals(handler: Callable) -> None:
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, handler)
+# Refusals and lines on the terminal.
+
+
+def refuse(why: str) -> NoReturn:
+    """Ends the program with one line and exit status 1."""
+    sys.exit(f"main.py: {why}")
+
+
+@contextlib.contextmanager
+def refusing(prefix: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turns these errors of a library into a refusal."""
+    try:
+        yield
+    except errors as error:
+        cause = error.__cause__ or error
+        refuse(f"{prefix}: {' '.join(str(cause).split())[:300]}")
+
+
+@rank_zero_only
+def say(line: str) -> None:
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:  # of `| head`: its reader has gone, the run goes on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+say_once = functools.cache(say)
+
+
+# Data: from files or the Hub to samples, word-pieces and batches.
 
 
 def check_name(flag: str, name: str, look_up: Callable) -> None:
     """Refuses what is neither a local folder nor, within seconds, found on the Hub."""
     if os.path.isdir(name):
         return
-    found = f"--{flag}={name}: no such folder, and"
-    expect(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name), f"{found} no Hub name, owner/name")
+    found = f"--{flag}={name}: no such folder"
+    if os.path.isfile(name):
+        refuse(f"{found}, but a file: give the folder that holds it")
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        refuse(f"{found}, and no Hub name, owner/name")
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return
+    advice = "give --dataset and --model local folders, or set HF_HUB_OFFLINE=1"
     try:
-        huggingface_hub.constants.HF_HUB_OFFLINE or look_up(name, timeout=5)
+        look_up(name, timeout=5)
     except huggingface_hub.errors.RepositoryNotFoundError:
-        expect(False, f"{found} no such {flag} on the Hub")
+        refuse(f"{found}, and no such {flag} on the Hub")
     except huggingface_hub.errors.HTTPError as error:
-        why = f"the network does not reach the Hub ({one_line(error)}): give --dataset"
-        how = "and --model local folders, or set HF_HUB_OFFLINE=1 to use the cache"
-        expect(False, f"{found} {why} {how}")
+        why = " ".join(str(error).split())
+        refuse(f"{found}, and the network does not reach the Hub ({why}): {advice}")
 
 
-def load_reviews(dataset: str) -> datasets.DatasetDict:
-    """Loads and checks the splits train and test, `label` a `ClassLabel` in both."""
-    flag, splits = f"--dataset={dataset}: expected", datasets.DatasetDict()
-    try:
-        found = datasets.load_dataset(dataset)
-    except (*UNREADABLE, RuntimeError) as error:
-        expect(False, f"{flag} a train and a test file of one kind: {one_line(error)}")
+def find_files(folder: str) -> dict[str, pathlib.Path]:
+    """Returns the files `train.*` and `test.*` of a folder, and no neighbours."""
+    files = {}
+    for path in sorted(pathlib.Path(folder).iterdir()):
+        part, _, ending = path.name.partition(".")
+        if part not in ("train", "test") or f".{ending.lower()}" not in READERS:
+            continue
+        if part in files:
+            both = f"{files[part].name} and {path.name}"
+            refuse(f"--dataset={folder}: expected one {part} file, found {both}")
+        files[part] = path
+    return files
+
+
+def read_file(flag: str, path: pathlib.Path) -> Reviews:
+    """Reads one file; its content names the cache, as times and names come again."""
+    kind, options = READERS.get(path.suffix.lower(), ("text", {}))
+    with refusing(f"{flag}: expected reviews in {path}", *UNREADABLE):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        return datasets.load_dataset(
+            kind,
+            data_files=glob.escape(str(path)),
+            split="train",
+            cache_dir=os.path.join(datasets.config.HF_DATASETS_CACHE, content[:16]),
+            **options,
+        )
+
+
+def select(flag: str, reviews: Reviews, **types: str) -> Reviews:
+    """Returns these columns alone; refuses one that lacks, or lacks values."""
+    found = reviews.column_names
+    for column, type_ in types.items():
+        # pandas calls a second column text text.1.
+        if found.count(column) != 1 or f"{column}.1" in found:
+            refuse(f"{flag}: expected one column {column}, found {found}")
+        values = reviews.data.column(column)
+        if not re.fullmatch(type_, str(values.type)):
+            kinds = "strings" if column == "text" else "strings or whole numbers"
+            refuse(f"{flag}: expected {column} as {kinds}, found {values.type}")
+        if values.null_count:
+            lack = f"{values.null_count} of {len(reviews)} lack it"
+            hint = "a csv's NA, None and null are taken for missing"
+            refuse(f"{flag}: expected {column} in every row, {lack} ({hint})")
+    return reviews.select_columns([*types])
+
+
+def name_labels(flag: str, split: Reviews) -> list[str]:
+    """Returns the name of each review's label, without blanks around it."""
+    labels = split["label"][:]
+    kind = split.features["label"]
+    if isinstance(kind, datasets.ClassLabel):
+        if min(labels, default=0) < 0:
+            refuse(f"{flag}: expected a label in every row, some have -1")
+        return kind.int2str(labels)
+    names = [str(label).strip() for label in labels]
+    if len({*names}) < len({*labels}):
+        say_once("Data      labels that differ by blanks around them are one class")
+    return names
+
+
+def match_labels(flag: str, splits: Samples) -> Samples:
+    """Makes `label` one and the same `ClassLabel` in both splits, matched by name."""
+    names = {part: name_labels(f"{flag}: {part}", splits[part]) for part in splits}
+    classes = splits["train"].features["label"]
+    if not isinstance(classes, datasets.ClassLabel):
+        in_order = sorted({*splits["train"]["label"]})  # 9 before 10
+        unique = dict.fromkeys(str(label).strip() for label in in_order)
+        classes = datasets.ClassLabel(names=[*unique])
+    if len({*names["train"]}) < 2:
+        found = sorted({*names["train"]})
+        refuse(f"{flag}: expected two classes or more, train has only {found}")
+    unknown = sorted({*names["test"]} - {*classes.names})
+    if unknown:
+        known = f"train's are {classes.names[:SHOWN]}"
+        refuse(f"{flag}: expected labels that train has, test has {unknown}; {known}")
+    for part, split in splits.items():
+        if split.features["label"] != classes:
+            numbers = classes.str2int(names[part])
+            texts = split.select_columns("text")
+            splits[part] = texts.add_column("label", numbers, feature=classes)
+    return splits
+
+
+def load_splits(dataset: str) -> Samples:
+    """Loads and checks train and test, of a folder's own files or of the Hub."""
+    flag = f"--dataset={dataset}"
+    is_folder = os.path.isdir(dataset)
+    files = find_files(dataset) if is_folder else {}
+    if files:
+        found = {part: read_file(flag, path) for part, path in files.items()}
+    elif is_folder and glob.escape(dataset) != dataset:
+        refuse(f"{flag}: expected a train and a test file, or a name without *, ? or [")
+    else:
+        with refusing(f"{flag}: expected a train and a test file", *UNREADABLE):
+            found = datasets.load_dataset(dataset)
+    splits = Samples()
     for part in ("train", "test"):
-        expect(part in found, f"{flag} the splits train and test, found {[*found]}")
-        columns = found[part].column_names  # pandas calls a second text column text.1
-        again = {"text.1", "label.1"} & {*columns}
-        once = {"text", "label"} <= {*columns} and not again
-        expect(once, f"{flag} one column text, one label; {part} has {columns}")
-        splits[part] = split = found[part].select_columns(["text", "label"])
-        for column, table in zip(split.column_names, split.data.columns, strict=True):
-            empty = table.null_count
-            row = table.to_pylist().index(None) + 1 if empty else None
-            lacks = f"{part} lacks {empty} of {len(split)}, the first in row {row}"
-            lacks += " (a csv's NA, None and null are taken for missing)"
-            expect(not empty, f"{flag} a {column} in every row, {lacks}")
-            kinds = r"(large_)?string" + (r"|u?int\d+" if column == "label" else "")
-            wrong = f"strings, or whole numbers as labels; {column} is {table.type}"
-            expect(re.fullmatch(kinds, str(table.type)), f"{flag} {wrong} in {part}")
-    labels = sorted(splits["train"].unique("label"))
-    unknown = {*splits["test"].unique("label")} - {*labels}
-    expect(not unknown, f"{flag} labels that train has too, only test has {unknown}")
-    expect(len(labels) > 1, f"{flag} two classes or more, train has only {labels}")
-    if isinstance(splits["train"].features["label"], datasets.ClassLabel):
-        expect(labels[0] >= 0, f"{flag} a label in every row, some of train have -1")
-        return splits
-    names = datasets.ClassLabel(names=[str(label) for label in labels])
-    text = splits.cast_column("label", datasets.Value("string"))
-    return text.cast_column("label", names)
+        if part not in found:
+            refuse(f"{flag}: expected the splits train and test, found {[*found]}")
+        splits[part] = select(f"{flag}: {part}", found[part], text=TEXT, label=LABEL)
+    return match_labels(flag, splits)
 
 
 def stratified(reviews: Reviews, percent: int, seed: int) -> tuple[Reviews, Reviews]:
     """Draws a percentage of reviews, stratified by class; returns it and the rest."""
-    size, plan = round(len(reviews) * percent / 100), {"stratify_by_column": "label"}
-    try:
-        parts = reviews.train_test_split(train_size=size, seed=seed, **plan)
-    except ValueError as error:
-        few = f"too few reviews to draw {size} of {len(reviews)} ({error})"
-        expect(False, f"{few}: give more, or raise --percent")
+    size = round(len(reviews) * percent / 100)
+    few = f"too few reviews to draw {size} of {len(reviews)}, give more of them"
+    with refusing(f"{few} or raise --percent", ValueError):
+        parts = reviews.train_test_split(
+            train_size=size, seed=seed, stratify_by_column="label"
+        )
     return parts["train"], parts["test"]
 
 
-def load_samples(dataset: str, percent: int, seed: int) -> datasets.DatasetDict:
+def load_samples(dataset: str, percent: int, seed: int) -> Samples:
     """Draws the samples train and test, and a tenth of train for validation."""
-    splits = load_reviews(dataset)
+    splits = load_splits(dataset)
     if percent < 100:
-        splits = {k: stratified(v, percent, seed)[0] for k, v in splits.items()}
+        for part, split in splits.items():
+            splits[part], _ = stratified(split, percent, seed)
     val, train = stratified(splits["train"], 10, seed)
-    return datasets.DatasetDict(train=train, val=val, test=splits["test"])
+    return Samples(train=train, val=val, test=splits["test"])
+
+
+def count_leaks(samples: Samples) -> int:
+    """Returns how many test reviews stand in train or val word for word."""
+    known = {*samples["train"]["text"], *samples["val"]["text"]}
+    return sum(text in known for text in samples["test"]["text"])
+
+
+def fingerprint(samples: Samples) -> str:
+    """Returns a hash of all texts and labels in order."""
+    digest = hashlib.sha256()
+    for sample in samples.values():
+        rows = [sample["text"][:], sample["label"][:]]
+        digest.update(json.dumps(rows).encode())
+    return digest.hexdigest()
 
 
 def head_room(seq_length: int, truncation: str) -> int:
@@ -228,58 +353,63 @@ def tokenise(samples: Any, tokenizer: Any, seq_length: int, truncation: str) -> 
     """Turns texts into word-pieces, at most `seq_length`; cached on disk by `datasets`.
 
     Returns:
-        `samples` with the columns `input_ids`, `length`, and `cut` (word-pieces cut
-        away) instead of `text`.
+        `samples` with the columns `row` (number of the review), `input_ids`, `length`,
+        and `cut` (word-pieces cut away) instead of `text`.
     """
-    room, head = seq_length - 2, head_room(seq_length, truncation)
+    room = seq_length - 2
+    head = head_room(seq_length, truncation)
     cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
 
     # Its variables name the cache: `self` or FLAGS among them, it is not found again.
-    def encode(batch: dict[str, list]) -> dict[str, list]:
+    def encode(batch: dict[str, list], rows: list[int]) -> dict[str, list]:
         pieces = tokenizer(batch["text"], add_special_tokens=False, verbose=False)
         cuts = [max(0, len(review) - room) for review in pieces["input_ids"]]
         input_ids = [
             [cls, *review[:head], *review[head + cut :], sep]
             for review, cut in zip(pieces["input_ids"], cuts, strict=True)
         ]
-        return {"input_ids": input_ids, "length": [*map(len, input_ids)], "cut": cuts}
+        lengths = [len(review) for review in input_ids]
+        return {"row": rows, "input_ids": input_ids, "length": lengths, "cut": cuts}
 
-    return samples.map(encode, batched=True, remove_columns="text", desc="Tokenising")
+    return samples.map(
+        encode,
+        batched=True,
+        with_indices=True,
+        remove_columns="text",
+        desc="Tokenising",
+    )
 
 
+@dataclasses.dataclass(eq=False)
 class LengthGroupedBatches(torch.utils.data.Sampler):
     """Draws batches of reviews of like length, each review once, the longest first.
 
-    The plan follows from (seed, epoch) alone, which makes resuming exact. Each process
-    takes every `world_size`-th batch of it; sizes differ by one review at most.
-
-    Args:
-        lengths: <int64>[N] word-pieces of each review.
-        batch_size: Reviews in a batch, at most; batches of one may take two.
-        rank: This process, of `world_size`.
-        seed: Shuffles the batches, and like lengths among them; None, for evaluation.
-        done: Tells, when an epoch starts, how many of its batches to skip.
+    The plan follows from (seed, epoch) alone, so a resumed epoch makes it again and
+    skips what is done: that makes resuming exact. Each process takes every
+    `world_size`-th batch of it; sizes differ by one review at most.
     """
 
-    def __init__(
-        self, lengths: torch.Tensor, batch_size: int, rank: int = 0,
-        world_size: int = 1, seed: int | None = None,
-        done: Callable[[], int] = lambda: 0,
-    ) -> None:  # fmt: skip
-        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
-        self.rank, self.world_size, self.done, self.epoch = rank, world_size, done, 0
+    lengths: torch.Tensor  # <int64>[N] word-pieces of each review
+    batch_size: int  # reviews, at most; batches of one may take two
+    rank: int = 0  # this process, of `world_size`
+    world_size: int = 1
+    seed: int | None = None  # shuffles batches, and like lengths among them; or neither
+    progress: Any = None  # Lightning's count of the epoch's batches, `ready` of them
+    epoch: int = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        size, most = len(self.lengths), self.batch_size * self.world_size
+        size = len(self.lengths)
+        batches = math.ceil(size / (self.batch_size * self.world_size))
         # The latter where batches of one would leave a process without its last.
-        return min(math.ceil(size / most), size // self.world_size)
+        return min(batches, size // self.world_size)
 
     def plan(self) -> list[list[int]]:
         """Returns this process's batches of the epoch, as rows of the sample."""
-        lengths, order = self.lengths.double(), torch.arange(len(self))
+        lengths = self.lengths.double()
+        order = torch.arange(len(self))
         if self.seed is not None:
             # Unlike a string's, the hash of integers is the same in every process.
             mixed = hash((self.seed, self.epoch)) % 2**32
@@ -293,37 +423,102 @@ class LengthGroupedBatches(torch.utils.data.Sampler):
         return [batches[self.world_size * i + self.rank].tolist() for i in order]
 
     def __iter__(self) -> Iterator[list[int]]:
-        yield from self.plan()[self.done() :]
+        # A generator on purpose: Lightning makes the iterator first and restores its
+        # counters afterwards, and nothing below runs before the first batch is asked.
+        done = self.progress.current.ready if self.progress else 0
+        yield from self.plan()[done:]
 
 
-def check_model(model: str, seq_length: int) -> dict:
+# Model.
+
+
+def check_config(model: str, seq_length: int) -> dict:
     """Returns the config of a BERT that takes `seq_length`; refuses anything else."""
-    try:
+    with refusing(f"--model={model}: expected a config.json", OSError):
         config, _ = transformers.PretrainedConfig.get_config_dict(model)
-    except OSError as error:
-        expect(False, f"--model={model}: expected a config.json: {one_line(error)}")
-    kind, most = config.get("model_type"), config.get("max_position_embeddings", 512)
-    found = f"--model={model}: expected a BERT's config.json, found model_type {kind}"
-    expect(kind == "bert", found)
-    short = f"--seq_length={seq_length}: {model} takes {most} at most"
-    expect(seq_length <= most, short)
+    kind = config.get("model_type")
+    if kind != "bert":
+        found = f"found model_type {kind}"
+        refuse(f"--model={model}: expected a BERT's config.json, {found}")
+    if config.get("is_decoder") or config.get("add_cross_attention"):
+        refuse(f"--model={model}: expected an encoder, found a decoder")
+    positions = config.get("position_embedding_type") or "absolute"
+    if positions != "absolute":
+        refuse(f"--model={model}: expected absolute positions, found {positions}")
+    most = config.get("max_position_embeddings", 512)
+    if seq_length > most:
+        refuse(f"--seq_length={seq_length}: {model} takes {most} at most")
     return config
 
 
-def load_tokenizer(model: str) -> transformers.BertTokenizer:
+def load_tokenizer(model: str, config: dict) -> transformers.BertTokenizer:
     """Loads a tokenizer that drops `<br />` tags and reads "[SEP]" as plain text."""
-    load = transformers.BertTokenizer.from_pretrained
-    try:
-        tokenizer = load(model, split_special_tokens=True)
-    except (OSError, ValueError) as error:
-        expect(False, f"--model={model}: expected a tokenizer: {one_line(error)}")
+    flag = f"--model={model}"
+    with refusing(f"{flag}: expected a tokenizer", OSError, ValueError):
+        tokenizer = transformers.BertTokenizer.from_pretrained(
+            model, split_special_tokens=True
+        )
     # With its files missing, transformers makes one that knows special tokens only.
-    known = len(tokenizer) > len(tokenizer.all_special_tokens)
-    expect(known, f"--model={model}: expected a tokenizer, found no vocabulary")
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        refuse(f"{flag}: expected a tokenizer, found no vocabulary")
+    pad = config.get("pad_token_id", 0)
+    if tokenizer.pad_token_id != pad:
+        found = f"the tokenizer's is {tokenizer.pad_token_id}"
+        refuse(f"{flag}: expected {pad} as pad_token_id, {found}")
+    size = config.get("vocab_size", 30522)
+    if len(tokenizer) > size:
+        refuse(f"{flag}: {len(tokenizer)} word-pieces, but only {size} embeddings")
     backend = tokenizer.backend_tokenizer
     tags = tokenizers.normalizers.Replace(tokenizers.Regex(r"<br\s*/?>"), " ")
     backend.normalizer = tokenizers.normalizers.Sequence([tags, backend.normalizer])
     return tokenizer
+
+
+def load_bert(model: str, names: list[str], trained: bool) -> torch.nn.Module:
+    """Loads float32 weights, ready to train, with a classifier of the named classes.
+
+    Args:
+        trained: Whether the classifier must be there; else one may start anew.
+    """
+    flag = f"--model={model}"
+    broken = (OSError, safetensors.SafetensorError, pickle.UnpicklingError)
+    with refusing(f"{flag}: expected sound safetensors", *broken):
+        bert, info = modeling_bert.BertForSequenceClassification.from_pretrained(
+            model,
+            id2label=dict(enumerate(names)),
+            label2id={name: number for number, name in enumerate(names)},
+            problem_type="single_label_classification",
+            dtype=torch.float32,
+            attention_probs_dropout_prob=0.0,  # to draw it is slow on a CPU
+            attn_implementation="sdpa",  # whatever its config names
+            ignore_mismatched_sizes=True,  # of an earlier classifier
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    mismatched = {key for key, *_ in info["mismatched_keys"]}
+    new = sorted({*info["missing_keys"], *mismatched})
+    may_be_new = () if trained else ("classifier.", "bert.pooler.")
+    lost = [key for key in new if not key.startswith(may_be_new)]
+    if lost:
+        refuse(f"{flag}: {len(lost)} weights lack or misfit: {lost[:2]}")
+    for key, weights in bert.named_parameters():
+        if not weights.isfinite().all():
+            refuse(f"{flag}: expected numbers as weights, found NaN or inf in {key}")
+    if "bert.pooler.dense.weight" in new:
+        say("Model     its checkpoint has no pooler: that starts from random weights")
+    earlier = transformers.BertConfig.from_pretrained(model).id2label
+    kept = "classifier.weight" not in new
+    if kept and not trained and earlier != dict(enumerate(names)):
+        say(
+            f"Model     its classifier has other classes: a new one for {names[:SHOWN]}"
+        )
+        torch.nn.init.normal_(bert.classifier.weight, std=bert.config.initializer_range)
+        torch.nn.init.zeros_(bert.classifier.bias)
+    return bert.train()  # it comes in eval mode, with dropout off
+
+
+# Faster on a CPU. Without this section, and the two lines that call `speed_up` and
+# `keep_freed_memory`, the same model trains. Gains: tests/measure/README.md.
 
 
 class Dropout(torch.nn.Dropout):
@@ -334,7 +529,8 @@ class Dropout(torch.nn.Dropout):
             return super().forward(x)
         bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64)
         bits = bits.random_(-(2**63), None).view(torch.int16)[: x.numel()].view_as(x)
-        return x * ((bits >= round(self.p * 2**16) - 2**15).to(x.dtype) / (1 - self.p))
+        kept = bits >= round(self.p * 2**16) - 2**15
+        return x * (kept.to(x.dtype) / (1 - self.p))
 
 
 class ClsLayer(modeling_bert.BertLayer):
@@ -344,7 +540,8 @@ class ClsLayer(modeling_bert.BertLayer):
         self, hidden: torch.Tensor, mask: Any, *_: Any, **__: Any
     ) -> torch.Tensor:
         cls = hidden[:, :1]  # [B, 1, H] of [B, T, H]
-        mask = None if mask is None else mask[:, :, :1]  # [B, 1, 1, T]
+        if mask is not None:
+            mask = mask[:, :, :1]  # [B, 1, 1, T]
         # It takes the queries of [CLS], the keys and values of all; same weights.
         attend = modeling_bert.BertCrossAttention.forward
         context, _ = attend(self.attention.self, cls, hidden, mask)
@@ -352,209 +549,229 @@ class ClsLayer(modeling_bert.BertLayer):
 
 
 def cast_once(module: torch.nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
-    """Casts the embeddings to bf16 on a CPU, so that no layer casts its own input."""
+    """Casts the embeddings to bf16, so that no layer casts its own input."""
     return out.bfloat16() if torch.is_autocast_enabled("cpu") else out
 
 
-def load_bert(model: str, names: list[str]) -> torch.nn.Module:
-    """Loads float32 weights, ready to train; only classifier or pooler may be new."""
-    labels, load = dict(enumerate(names)), modeling_bert.BertForSequenceClassification
-    try:
-        bert, info = load.from_pretrained(
-            model, id2label=labels, label2id={v: k for k, v in labels.items()},
-            problem_type="single_label_classification", dtype=torch.float32,
-            attention_probs_dropout_prob=0.0,  # to draw it is slow on a CPU
-            attn_implementation="sdpa",  # whatever its config names
-            ignore_mismatched_sizes=True,  # of an earlier classifier
-            use_safetensors=True, output_loading_info=True,
-        )  # fmt: skip
-    except (OSError, safetensors.SafetensorError, pickle.UnpicklingError) as error:
-        expect(False, f"--model={model}: expected sound safetensors: {one_line(error)}")
-    new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
-    lost = [key for key in new if not key.startswith(("classifier.", "bert.pooler."))]
-    expect(not lost, f"--model={model}: {len(lost)} weights lack or misfit: {lost[:2]}")
-    if "bert.pooler.dense.weight" in new:
-        say("Model     its checkpoint has no pooler: that starts from random weights")
-    for module in bert.modules():
+def choose_attention(bert: torch.nn.Module, args: Any) -> None:
+    """Trains without the fused attention, whose backward pass is slow in bf16."""
+    slow = bert.training and torch.is_autocast_enabled("cpu")
+    attention = "eager" if slow else "sdpa"
+    if bert.config._attn_implementation != attention:
+        bert.set_attn_implementation(attention)
+
+
+def speed_up(bert: torch.nn.Module) -> None:
+    for name, module in [*bert.named_modules()]:
         if type(module) is torch.nn.Dropout:
-            module.__class__ = Dropout
+            bert.set_submodule(name, Dropout(module.p))
     bert.bert.encoder.layer[-1].__class__ = ClsLayer
     bert.bert.embeddings.register_forward_hook(cast_once)
-    return bert.train()  # it comes in eval mode, with dropout off
+    bert.register_forward_pre_hook(choose_attention)
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what a step frees, and spares it the page faults."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        threshold, trim = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, in bytes
+        if not libc.mallopt(threshold, 2**30):
+            libc.mallopt(threshold, 2**25)  # the most that older ones take
+        libc.mallopt(trim, 2**31 - 1)
+
+
+# The network, how it learns, and what is measured of it.
 
 
 class IMDBSentimentClassifier(pl.LightningModule):
     """BERT with a classifier of [CLS], and its data, metrics and optimiser.
 
-    The arguments are the flags of these names, and the names of the classes in order;
-    those of the Trainer are noted among the hyper-parameters.
+    Args:
+        tokenizer: The model's.
+        bert: A `BertForSequenceClassification` with one logit a class.
+        label_names: Names of the classes, in the order of their numbers.
+        settings: The flags by name, those of the Trainer too, to be noted.
     """
 
     def __init__(
-        self, *, dataset: str, percent: int, seq_length: int, truncation: str,
-        model: str, label_names: list[str], batch_size: int, optimizer: str, lr: float,
-        momentum: float, weight_decay: float, warmup: float, seed: int, **trainer: Any
-    ) -> None:  # fmt: skip
+        self,
+        tokenizer: Any,
+        bert: torch.nn.Module,
+        *,
+        label_names: list[str],
+        **settings: Any,
+    ) -> None:
         super().__init__()
-        self.save_hyperparameters()
-        self.tokenizer, self.bert = load_tokenizer(model), load_bert(model, label_names)
-        known, rows = len(self.tokenizer), self.bert.config.vocab_size
-        many = f"--model={model}: {known} word-pieces, but only {rows} embeddings"
-        expect(known <= rows, many)
-        kinds, classes = torchmetrics.classification, len(label_names)
-        acc = kinds.MulticlassAccuracy(classes, average="micro")
-        f1, ece = kinds.MulticlassF1Score, kinds.MulticlassCalibrationError
-        scores = {"acc": acc, "f1": f1(classes), "ece": ece(classes)}
-        self.scores, self.mean_loss = torch.nn.ModuleDict(), torch.nn.ModuleDict()
-        for stage in ("val", "test"):
-            each = torchmetrics.MetricCollection(scores, prefix=f"{stage}_")
-            self.scores[stage] = each.clone()
-            self.mean_loss[stage] = torchmetrics.MeanMetric()
-        self.tested = torchmetrics.CatMetric()  # row, label, probabilities: [N, 2 + C]
+        self.save_hyperparameters(ignore=["tokenizer", "bert"])
+        self.tokenizer = tokenizer
+        self.bert = bert
+        self.samples = None
+        # Of the epoch so far; they are saved, so that a resumed epoch has its mean.
+        self.mean_loss = torchmetrics.MeanMetric(nan_strategy="disable")
+        self.mean_acc = torchmetrics.MeanMetric(nan_strategy="disable")
+        self.mean_loss.persistent(True)
+        self.mean_acc.persistent(True)
+        # Row, label and logits of each review: <float32>[N, 2 + C].
+        self.scored = torchmetrics.CatMetric(nan_strategy="disable")
 
     # Data: one process a machine fills the cache, all read it in `setup`.
 
-    def load(self) -> datasets.DatasetDict:
-        hp = self.hparams
-        samples = load_samples(hp.dataset, hp.percent, hp.seed)
-        return tokenise(samples, self.tokenizer, hp.seq_length, hp.truncation)
-
     def prepare_data(self) -> None:
-        if not hasattr(self, "samples"):
-            self.load()
+        if self.samples is None and not self.trainer.predicting:
+            self.encode(self.load())
 
     def setup(self, stage: str) -> None:
-        if not hasattr(self, "samples"):
-            self.samples = self.load()
+        if self.samples is None and not self.trainer.predicting:
+            samples = self.load()
+            self.leaks = count_leaks(samples)
+            self.fingerprint = fingerprint(samples)
+            self.samples = self.encode(samples)
 
-    def class_counts(self) -> dict[str, dict[str, int]]:
-        """Returns how many reviews of each class each sample has."""
-        columns = {part: sample["label"][:] for part, sample in self.samples.items()}
-        names = [*enumerate(self.hparams.label_names)]
-        return {part: {n: c.count(i) for i, n in names} for part, c in columns.items()}
+    def load(self) -> Samples:
+        hp = self.hparams
+        return load_samples(hp.dataset, hp.percent, hp.seed)
 
-    def serve(self, part: str, **plan: Any) -> Loader:
+    def encode(self, samples: Any) -> Any:
+        hp = self.hparams
+        return tokenise(samples, self.tokenizer, hp.seq_length, hp.truncation)
+
+    def batches(self, sample: Reviews, **plan: Any) -> torch.utils.data.DataLoader:
         """Batches a sample; reading it costs less than a worker process would."""
-        sample, size = self.samples[part], self.hparams.batch_size
-        rank, world_size = self.global_rank, self.trainer.world_size
         lengths = torch.tensor(sample["length"][:])
-        return Loader(
+        return torch.utils.data.DataLoader(
             sample.remove_columns(["length", "cut"]),
-            sampler=LengthGroupedBatches(lengths, size, rank, world_size, **plan),
+            sampler=LengthGroupedBatches(lengths, self.hparams.batch_size, **plan),
             batch_size=None,  # the sampler draws whole batches
             collate_fn=self.collate,
             pin_memory=torch.cuda.is_available(),
         )
 
-    def collate(self, rows: dict[str, list]) -> Batch:
-        """Pads to the longest review: <int64>[B, T] word-pieces, <int64>[B] labels."""
-        reviews, pad = rows.pop("input_ids"), self.tokenizer.pad_token_id
-        padded = pad_sequence([torch.tensor(review) for review in reviews], True, pad)
+    def collate(self, columns: dict[str, list]) -> Batch:
+        """Pads to the longest review: <int64>[B, T] input_ids; <int64>[B] others."""
+        reviews = [torch.tensor(review) for review in columns.pop("input_ids")]
+        pad = self.tokenizer.pad_token_id
+        input_ids = pad_sequence(reviews, batch_first=True, padding_value=pad)
         # To eights, as oneDNN keeps kernels, 20 MB and more, for each T.
-        room = self.hparams.seq_length - padded.shape[1]
-        padded = F.pad(padded, (0, min(-padded.shape[1] % 8, room)), value=pad)
-        labels = {f"{name}s": torch.tensor(column) for name, column in rows.items()}
-        return {"input_ids": padded, **labels}
+        length = input_ids.shape[1]
+        more = min(-length % 8, self.hparams.seq_length - length)
+        input_ids = F.pad(input_ids, (0, more), value=pad)
+        others = {f"{name}s": torch.tensor(column) for name, column in columns.items()}
+        return {"input_ids": input_ids, **others}
 
-    def train_dataloader(self) -> Loader:
+    def share(self) -> dict[str, int]:
+        return {"rank": self.global_rank, "world_size": self.trainer.world_size}
+
+    def train_dataloader(self) -> torch.utils.data.DataLoader:
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        plan = {"seed": self.hparams.seed, "done": lambda: progress.current.ready}
-        return self.serve("train", **plan)
+        plan = {"seed": self.hparams.seed, "progress": progress}
+        return self.batches(self.samples["train"], **self.share(), **plan)
 
-    def val_dataloader(self) -> Loader:
-        return self.serve("val")
+    def val_dataloader(self) -> torch.utils.data.DataLoader:
+        return self.batches(self.samples["val"], **self.share())
 
-    def test_dataloader(self) -> Loader:
-        loader = self.serve("test")
-        self.test_plan = loader.sampler.plan()
-        return loader
-
-    def predict_dataloader(self) -> Loader:
-        return self.serve("predict")
+    def test_dataloader(self) -> torch.utils.data.DataLoader:
+        return self.batches(self.samples["test"], **self.share())
 
     # Steps.
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Returns the logits, <float32>[B, C], of word-pieces, <int64>[B, T]."""
         mask = input_ids.ne(self.tokenizer.pad_token_id)
-        # The backward pass of the fused attention is slow on a CPU in bf16.
-        slow = self.training and torch.is_autocast_enabled("cpu")
-        self.bert.set_attn_implementation("eager" if slow else "sdpa")
         return self.bert(input_ids, attention_mask=mask).logits.float()
 
-    def step(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the losses of the reviews, [B], and their logits, [B, C]."""
-        logits = self(batch["input_ids"])
-        return F.cross_entropy(logits, batch["labels"], reduction="none"), logits
-
     def on_train_start(self) -> None:
-        self.pieces, self.clock = 0, time.perf_counter()
+        self.pieces = 0
+        self.clock = time.perf_counter()
 
     on_train_epoch_start = on_train_start  # not called where an epoch is resumed
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Dropout follows from (seed, step), so that a resumed run draws the same.
-        numbers = self.hparams.seed, self.global_step, self.global_rank
+        numbers = (self.hparams.seed, self.global_step, self.global_rank)
         torch.manual_seed(hash(numbers) % 2**32)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        losses, logits = self.step(batch)
-        loss, acc = losses.mean(), logits.argmax(-1).eq(batch["labels"]).float().mean()
+        logits = self(batch["input_ids"])
+        loss = F.cross_entropy(logits, batch["labels"])
+        right = logits.argmax(-1).eq(batch["labels"]).float()
+        size = len(right)
+        self.mean_loss.update(loss.detach(), size)
+        self.mean_acc.update(right.mean(), size)
         self.pieces += batch["input_ids"].ne(self.tokenizer.pad_token_id).sum()
-        step, every = self.global_step + 1, self.trainer.log_every_n_steps
-        if step % every == 0 or self.trainer.is_last_batch:
-            finite = loss.isfinite()
-            expect(finite, f"the loss of step {step} is {loss:.0f}: try a lower --lr")
-            speed = self.pieces / (time.perf_counter() - self.clock)
-            self.log("speed", speed * self.trainer.world_size, prog_bar=True)
-        self.log_dict({"train_loss": loss, "train_acc": acc}, prog_bar=True)
-        self.log("lr", self.optimizers().param_groups[0]["lr"])
+        # To read a number, the host waits for the device: not at every step.
+        step = self.global_step + 1
+        if step % self.trainer.log_every_n_steps == 0 or self.trainer.is_last_batch:
+            self.log_step(step, loss, right.mean())
         return loss
 
-    def evaluate(self, stage: str, batch: Batch) -> torch.Tensor:
-        """Adds a batch to the stage's metrics; returns its probabilities, [B, C]."""
-        losses, logits = self.step(batch)
-        probabilities = logits.softmax(-1)
-        self.mean_loss[stage].update(losses)
-        self.scores[stage].update(probabilities, batch["labels"])
-        self.log(f"{stage}_loss", self.mean_loss[stage], prog_bar=True)
-        for name, score in self.scores[stage].items():
-            self.log(name, score, prog_bar=name == "val_acc")
-        return probabilities
+    def log_step(self, step: int, loss: torch.Tensor, acc: torch.Tensor) -> None:
+        if not loss.isfinite():
+            refuse(f"the loss is {loss:.0f} at step {step}: try a lower --lr")
+        seconds = time.perf_counter() - self.clock
+        speed = self.pieces / seconds * self.trainer.world_size
+        figures = {"train_loss": loss, "train_acc": acc, "speed": speed}
+        self.log_dict(figures, prog_bar=True)
+        self.log("lr", self.optimizers().param_groups[0]["lr"])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.evaluate("val", batch)
+        logits = self(batch["input_ids"])
+        columns = [batch["rows"], batch["labels"], logits]
+        self.scored.update(torch.column_stack(columns))
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        rows = torch.tensor(self.test_plan[batch_idx], device=self.device)
-        scored = [rows, batch["labels"], self.evaluate("test", batch)]
-        self.tested.update(torch.column_stack(scored))
+    test_step = validation_step
+
+    def log_scores(self, stage: str, logger: bool) -> torch.Tensor:
+        """Logs the stage's metrics over reviews, of all processes; returns `scored`."""
+        scored = self.scored.compute()
+        self.scored.reset()
+        labels = scored[:, 1].long()
+        logits = scored[:, 2:]
+        probabilities = logits.softmax(-1)
+        kinds = torchmetrics.functional.classification
+        each = (probabilities, labels, logits.shape[1])
+        scores = {
+            "loss": F.cross_entropy(logits, labels),
+            "acc": kinds.multiclass_accuracy(*each, average="micro"),
+            "f1": kinds.multiclass_f1_score(*each),
+            "ece": kinds.multiclass_calibration_error(*each),
+        }
+        for name, value in scores.items():
+            bar = name in ("loss", "acc")
+            self.log(f"{stage}_{name}", value, bar, logger, sync_dist=True)
+        return scored
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_scores("val", logger=True)
+        self.log("train_loss_epoch", self.mean_loss.compute(), sync_dist=True)
+        self.log("train_acc_epoch", self.mean_acc.compute(), sync_dist=True)
+        self.mean_loss.reset()
+        self.mean_acc.reset()
 
     def on_test_epoch_end(self) -> None:
-        self.predictions = self.tested.compute().cpu()  # of all processes
+        # To TensorBoard they go with the hyper-parameters, at the end.
+        self.predictions = self.log_scores("test", logger=False).cpu()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        return self(batch["input_ids"]).softmax(-1)
-
-    def on_train_epoch_end(self) -> None:
-        metrics = self.trainer.callback_metrics
-        # No bar without a terminal; no metrics where a resumed run skips validation.
-        if not sys.stdout.isatty() and "val_acc" in metrics:
-            names = ("train_loss", "train_acc", "val_loss", "val_acc")
-            figures = "  ".join(f"{name} {metrics[name]:.4f}" for name in names)
-            speed = f"speed {metrics['speed']:,.0f}"
-            say(f"Epoch {self.current_epoch}   {figures}  {speed}")
+        """Returns rows and probabilities, <float32>[B, 1 + C]."""
+        probabilities = self(batch["input_ids"]).softmax(-1)
+        return torch.column_stack([batch["rows"], probabilities])
 
     # Optimiser.
 
     def configure_optimizers(self) -> Any:
-        hp, parameters = self.hparams, [*self.parameters()]
+        hp = self.hparams
+        parameters = [*self.parameters()]
         if hp.optimizer == "sgd":
             return torch.optim.SGD(parameters, lr=hp.lr, momentum=hp.momentum)
-        matrices = {"params": [p for p in parameters if p.ndim > 1]}
-        vectors = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
-        own = {"betas": (hp.momentum, 0.999), "weight_decay": hp.weight_decay}
-        optimizer = torch.optim.AdamW([matrices, vectors], hp.lr, fused=True, **own)
+        matrices = [p for p in parameters if p.ndim > 1]
+        vectors = [p for p in parameters if p.ndim < 2]
+        optimizer = torch.optim.AdamW(
+            [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+            lr=hp.lr,
+            betas=(hp.momentum, 0.999),
+            weight_decay=hp.weight_decay,
+            fused=True,
+        )
         steps = self.trainer.estimated_stepping_batches
         schedule = transformers.get_linear_schedule_with_warmup(
             optimizer, round(hp.warmup * steps), steps
@@ -565,15 +782,21 @@ class IMDBSentimentClassifier(pl.LightningModule):
         # Lightning itself refuses to clip for a fused optimiser in mixed precision.
         torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
 
-    # Checkpoints.
+    # Checkpoints and export.
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        metrics = self.trainer.callback_metrics.items()
-        checkpoint["val"] = {k: v.item() for k, v in metrics if k.startswith("val_")}
+        figures = self.trainer.callback_metrics.items()
+        checkpoint["val"] = {k: v.item() for k, v in figures if k.startswith("val_")}
+        checkpoint["fingerprint"] = self.fingerprint
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        if checkpoint["fingerprint"] != self.fingerprint:
+            refuse(f"--dataset={self.hparams.dataset}: not the reviews of this run")
 
     def export(self, folder: pathlib.Path) -> None:
         """Saves model and tokenizer for `transformers.pipeline`, to cut as trained."""
-        length, truncation = self.hparams.seq_length, self.hparams.truncation
+        length = self.hparams.seq_length
+        truncation = self.hparams.truncation
         self.bert.config.update({"seq_length": length, "truncation": truncation})
         self.bert.save_pretrained(folder)
         # Loaded as a BertTokenizer it would no longer drop `<br />` tags.
@@ -584,10 +807,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
         self.tokenizer.save_pretrained(folder)
 
 
-def wilson(share: float, n: int, z: float = 1.96) -> list[float]:
-    """Returns the 95 % score interval of a share of `n` [4]."""
-    middle, root = share + z * z / (2 * n), share * (1 - share) / n + (z / (2 * n)) ** 2
-    return [(middle + sign * z * math.sqrt(root)) / (1 + z * z / n) for sign in (-1, 1)]
+# Checkpoints and runs: saved whole, saved on signals, resumed, one at a time.
 
 
 class WholeCheckpointIO(pl.plugins.TorchCheckpointIO):
@@ -609,17 +829,60 @@ class WholeCheckpointIO(pl.plugins.TorchCheckpointIO):
             partial.unlink(missing_ok=True)
 
 
+class BestCheckpoint(pl.callbacks.ModelCheckpoint):
+    """Writes `best.ckpt`: weights of the epoch with the best `val_acc`.
+
+    Of equals the later is taken: its rate has fallen further.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            filename="best",
+            monitor="val_acc",
+            mode="max",
+            save_weights_only=True,
+            save_on_train_epoch_end=False,  # after validation, before `last.ckpt`
+            enable_version_counter=False,
+        )
+
+    def check_monitor_top_k(
+        self, trainer: pl.Trainer, current: torch.Tensor | None = None
+    ) -> bool:
+        return self.best_model_score is None or bool(current >= self.best_model_score)
+
+    def load_state_dict(self, state: dict) -> None:
+        # Of a run that was moved, or is named otherwise, Lightning forgets the best.
+        super().load_state_dict(state | {"dirpath": self.dirpath})
+
+
+def stop(signum: int, *_: Any, how: str = "") -> None:
+    """Ends the program on a signal, with the status that a shell gives it."""
+    if rank_zero_only.rank == 0:
+        print(f"\nStopped{how}", file=sys.stderr, flush=True)
+    sys.exit(128 + signum)
+
+
+def on_signals(handler: Callable) -> None:
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, handler)
+
+
 class LastCheckpoint(pl.callbacks.Checkpoint):
     """Writes `last.ckpt` every ten minutes, after each validation, and on a signal.
 
-    Ctrl-C and SIGTERM end the run once the step, or the validation, is done and saved.
+    A signal ends the run once the step, or the validation, is done and saved.
     """
 
     def __init__(self, path: pathlib.Path) -> None:
-        self.path, self.signum, self.saved = str(path), 0, time.monotonic()
+        self.path = str(path)
+        self.signum = 0
+        self.saved = time.monotonic()
+
+    def note(self, signum: int, _: Any) -> None:
+        self.signum = signum
 
     def on_train_start(self, *_: Any) -> None:
-        on_signals(lambda signum, _: setattr(self, "signum", signum))
+        on_signals(self.note)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         # An epoch saved at its last step would be resumed without its validation.
@@ -630,161 +893,360 @@ class LastCheckpoint(pl.callbacks.Checkpoint):
         self.save(trainer, True)
 
     def save(self, trainer: pl.Trainer, due: bool) -> None:
-        """Saves if one of the processes is due or has a signal, which ends them all."""
-        one = functools.partial(trainer.strategy.reduce_boolean_decision, all=False)
-        if one(due or self.signum > 0):
+        """Saves if a process is due or has a signal, which ends them all."""
+        any_process = functools.partial(
+            trainer.strategy.reduce_boolean_decision, all=False
+        )
+        if any_process(due or self.signum > 0):
             trainer.save_checkpoint(self.path)
             self.saved = time.monotonic()
-            if one(self.signum > 0):
-                saved = f"step {trainer.global_step} is done and saved in {self.path}"
-                stop(self.signum or signal.SIGTERM, saved=saved)
+            if any_process(self.signum > 0):
+                self.done = f"step {trainer.global_step} is done"
+                self.stop(self.signum or signal.SIGTERM)
 
     def on_test_start(self, *_: Any) -> None:
-        saved = f"all steps are done and saved in {self.path}"
-        on_signals(functools.partial(stop, saved=saved))
+        self.done = "all steps are done"
+        on_signals(self.stop)
+
+    def stop(self, signum: int, *_: Any) -> None:
+        logdir = shlex.quote(str(pathlib.Path(self.path).parents[3]))
+        command = f"python main.py --resume --logdir={logdir}"
+        how = f"{self.done} and saved in {self.path}; to go on from there: {command}"
+        stop(signum, how=f"; {how}")
 
 
-def check_processes(reviews: int) -> None:
-    """Refuses more processes than reviews, or others than the flags say."""
-    wanted = FLAGS.devices * FLAGS.num_nodes
-    found = os.environ.get("WORLD_SIZE", wanted)  # of torchrun, or of Lightning
-    other = f"{found} processes started, --devices times --num_nodes is {wanted}"
-    expect(int(found) == wanted, other)
-    few = f"{wanted} processes, the smallest sample has {reviews} reviews"
-    expect(wanted <= reviews, f"{few}: lower --devices")
-
-
-def check_logdir(run: pathlib.Path) -> None:
-    """Refuses a log folder that cannot be written, or holds what no run has left."""
-    logdir, link = run.parent, run.is_symlink()
-    old = pathlib.Path(f"{os.path.abspath(logdir)}.old")
-    for place in (logdir, old) if os.path.lexists(run) else (logdir,):
-        above = (place, *place.absolute().parents)
-        above = next(path for path in above if os.path.lexists(path))
-        writable = above.is_dir() and os.access(above, os.W_OK | os.X_OK)
-        found = f"--logdir={logdir}: expected a writable folder, found {above}"
-        expect(writable, found)
-    expect(link or not run.is_file(), f"--logdir={logdir}: {run} is a file, move it")
-    for path in [] if link else [*run.glob("*"), *run.glob("version_0/*")]:
-        ours = re.fullmatch(OURS, path.relative_to(run).as_posix())
-        expect(ours, f"--logdir={logdir}: no run has left {path}, move it")
-
-
-def clear(run: pathlib.Path) -> None:
-    """Moves the earlier run to LOGDIR.old, under the time it was written."""
-    if FLAGS.debug:
-        sh.rm("-rf", "--", run)
-    elif os.path.lexists(run):
-        files = [run] if run.is_symlink() else [run, *run.glob("version_0/*")]
-        written = max(path.lstat().st_mtime for path in files)
-        stamp = datetime.datetime.fromtimestamp(written).strftime("%Y-%m-%d_%H-%M-%S")
-        old = pathlib.Path(f"{os.path.abspath(run.parent)}.old", stamp)
-        while os.path.lexists(old):
-            old = old.with_name(f"{old.name}+")
-        sh.mkdir("-p", "--", old.parent)
-        sh.mv("--", run, old)
-
-
-def check_resume(path: pathlib.Path, settings: dict) -> int:
-    """Returns the step of a checkpoint; refuses a broken one, or another run's."""
-    finished = (path.parents[1] / "results.json").exists()
-    expect(not finished, "--resume: the run is finished; leave it out to start anew")
-    expect(path.exists(), f"--resume: nothing to resume, found no {path}")
+@contextlib.contextmanager
+def only_run(run: pathlib.Path) -> Iterator[None]:
+    """Refuses a second run in the folder while the first one's process lives."""
+    if rank_zero_only.rank > 0:
+        yield
+        return
+    flag = f"--logdir={run.parent}"
+    lock = filelock.FileLock(run.with_name(f"{run.name}.lock"), timeout=0)
+    holder = pathlib.Path(lock.lock_file)
+    with refusing(f"{flag}: expected a writable folder", OSError):
+        holder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            refuse(f"{flag}: process {holder.read_text()} is running in {run}")
+        holder.write_text(f"{os.getpid()} on {os.uname().nodename}")
     try:
-        checkpoint = torch.load(path, "cpu", mmap=True, weights_only=True)
-        stored, step = dict(checkpoint["hyper_parameters"]), checkpoint["global_step"]
-        checkpoint["optimizer_states"]
-    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError):
-        expect(False, f"--resume: {path} is no whole checkpoint of a run; start anew")
-    for name, value in settings.items():
-        was = stored.get(name)
-        expect(was == value, f"--resume: the run has --{name}={was}, not {value}")
-    for state in checkpoint["callbacks"].values():  # Lightning would forget the best
-        home, here = state.get("dirpath", ""), os.path.abspath(path.parent)
-        expect(here == home, f"--resume: the run was moved, move it back to {home}")
-    return step
+        yield
+    finally:
+        lock.release()
+        holder.unlink(missing_ok=True)
+
+
+def clear(run: pathlib.Path, debug: bool) -> None:
+    """Moves the earlier run to LOGDIR.old, under the time of now; drops a debug run."""
+    if rank_zero_only.rank > 0 or not os.path.lexists(run):
+        return
+    with refusing(f"--logdir={run.parent}: cannot move {run}", sh.ErrorReturnCode):
+        if debug:
+            sh.rm("-rf", "--", run if run.is_symlink() else run / "version_0")
+        else:
+            old = pathlib.Path(f"{os.path.abspath(run.parent)}.old")
+            sh.mkdir("-p", "--", old)
+            sh.mv("--", run, old / time.strftime("%Y-%m-%d_%H-%M-%S"))
+
+
+def check_resume(checkpoints: pathlib.Path, given: dict) -> tuple[dict, int]:
+    """Returns the flags and the step of a checkpoint that a run can go on from."""
+    last = checkpoints / "last.ckpt"
+    if (checkpoints.parent / "results.json").exists():
+        refuse("--resume: the run is finished; leave it out to start anew")
+    if not last.exists():
+        refuse(f"--resume: nothing to resume, found no {last}")
+    broken = (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError)
+    with refusing(f"--resume: {last} is no whole checkpoint of a run", *broken):
+        checkpoint = torch.load(last, "cpu", mmap=True, weights_only=True)
+        stored = dict(checkpoint["hyper_parameters"])
+        step = checkpoint["global_step"]
+        scored = checkpoint["val"]  # unless it was saved in the first epoch
+        checkpoint["optimizer_states"], checkpoint["fingerprint"], stored["model"]
+    if scored and not (checkpoints / "best.ckpt").exists():
+        refuse(f"--resume: found no best.ckpt beside {last}")
+    for name, value in given.items():
+        if stored[name] != value:
+            refuse(f"--resume: the run has --{name}={stored[name]}, not {value}")
+    del stored["label_names"]
+    return stored, step
+
+
+def check_processes(wanted: int, num_nodes: int) -> None:
+    """Refuses other processes than the flags say: they would wait for ever."""
+    started = os.environ.get("WORLD_SIZE")  # of torchrun, or of Lightning
+    if SLURMEnvironment.detect():
+        started = os.environ["SLURM_NTASKS"]
+    stray = [name for name in ("RANK", "LOCAL_RANK") if name in os.environ]
+    if started is None and rank_zero_only.rank > 0:
+        stray.append("SLURM_PROCID")
+    if started is None and stray:
+        refuse(f"{stray[0]} is set, but not WORLD_SIZE: unset it, or use torchrun")
+    if started is None and num_nodes > 1:
+        refuse(f"--num_nodes={num_nodes}: start each by torchrun or SLURM")
+    if started not in (None, str(wanted)):
+        both = f"--devices times --num_nodes is {wanted}"
+        refuse(f"WORLD_SIZE: {started} processes started, {both}")
+
+
+# Results: said at the start, on the way and at the end; drawn, written and computed.
 
 
 def commas(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    shown = [f"{name} {count:,}" for name, count in counts.items()][:SHOWN]
+    return ", ".join(shown) + ", …" * (len(counts) > SHOWN)
+
+
+def class_counts(module: IMDBSentimentClassifier) -> dict[str, dict[str, int]]:
+    """Returns how many reviews of each class each sample has."""
+    counts = {}
+    for part, sample in module.samples.items():
+        labels = torch.tensor(sample["label"][:])
+        names = module.hparams.label_names
+        sizes = labels.bincount(minlength=len(names)).tolist()
+        counts[part] = dict(zip(names, sizes, strict=True))
+    return counts
 
 
 def describe(module: IMDBSentimentClassifier, trainer: pl.Trainer) -> None:
     """Says what is trained, on what, and where."""
-    hp, samples, width = module.hparams, module.samples, trainer.world_size
+    hp = module.hparams
     say(f"Data      {hp.dataset}, {hp.percent} %, seed {hp.seed}")
-    for part, counts in module.class_counts().items():
-        say(f"  {part:8}{len(samples[part]):,} reviews: {commas(counts)}")
-    cuts = [cut > 0 for sample in samples.values() for cut in sample["cut"][:]]
-    share = f"{100 * sum(cuts) / len(cuts):.0f} % are longer than {hp.seq_length}"
-    say(f"          {share} word-pieces and cut ({hp.truncation})")
+    for part, counts in class_counts(module).items():
+        say(f"  {part:8}{sum(counts.values()):,} reviews: {commas(counts)}")
+    say(f"          {module.leaks:,} of test stand in train word for word")
+    cuts = [cut > 0 for sample in module.samples.values() for cut in sample["cut"][:]]
+    share = f"{100 * sum(cuts) / len(cuts):.0f} %"
+    limit = f"{hp.seq_length} word-pieces"
+    say(f"          {share} are longer than {limit} and cut ({hp.truncation})")
     size = sum(p.numel() for p in module.parameters()) / 1e6
-    where = f"{width} x {trainer.strategy.root_device.type}, {hp.precision}"
-    say(f"Model     {hp.model}\n          {size:.1f} M parameters, {where}")
-    batch, lengths = hp.batch_size * width, samples["train"]["length"]
-    batches = LengthGroupedBatches(lengths, hp.batch_size, world_size=width)
-    steps = 1 if FLAGS.debug else len(batches)
-    say(f"Training  {trainer.max_epochs} epochs of {steps} steps of {batch} reviews")
+    device = trainer.strategy.root_device.type
+    say(f"Model     {hp.model}")
+    where = f"{trainer.world_size} x {device}, {hp.precision}"
+    say(f"          {size:.1f} M parameters, {where}")
+    steps = trainer.num_training_batches
+    batch = hp.batch_size * trainer.world_size
+    say(f"Training  {trainer.max_epochs} epochs of {steps:,} steps of {batch} reviews")
 
 
-def draw(module: IMDBSentimentClassifier, confusion: list[list[int]]) -> None:
-    """Shows the test sample in TensorBoard: curves, tables and the worst errors."""
-    log, hp, step = module.logger.experiment, module.hparams, module.global_step
-    names, probabilities = hp.label_names, module.predictions[:, 2:]  # [N, C]
-    rows, labels = module.predictions[:, :2].int().unbind(1)  # [N], [N]
-    for i, name in enumerate(names):
-        own = labels == i
-        log.add_pr_curve(f"test_pr/{name}", own, probabilities[:, i], step)
+class Terminal(pl.callbacks.Callback):
+    """Says what a run does, and where there are no bars, how far it is."""
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        describe(module, trainer)
+        curves = {
+            "loss": ["Multiline", ["train_loss", "val_loss"]],
+            "accuracy": ["Multiline", ["train_acc", "val_acc"]],
+        }
+        trainer.logger.experiment.add_custom_scalars({"Learning curves": curves})
+        self.begin()
+
+    def begin(self, *_: Any) -> None:
+        self.began = time.monotonic()
+        self.said = self.began
+        self.steps = 0  # since then
+
+    on_train_epoch_start = begin  # not called where an epoch is resumed
+    on_test_start = begin
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        name = f"Epoch {trainer.current_epoch}"
+        self.tell(trainer, name, args[3] + 1, trainer.num_training_batches)
+
+    def on_test_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.tell(trainer, "Test   ", args[3] + 1, trainer.num_test_batches[0])
+
+    def tell(self, trainer: pl.Trainer, name: str, done: int, steps: int) -> None:
+        """Says a line each tenth of the way, or each minute if that is rarer."""
+        now = time.monotonic()
+        self.steps += 1
+        is_tenth = done % math.ceil(steps / 10) == 0
+        if sys.stdout.isatty() or not is_tenth or now - self.said < SAY_EVERY:
+            return
+        self.said = now
+        minutes = (now - self.began) / self.steps * (steps - done) / 60
+        line = f"{name}   step {done:,} of {steps:,}"
+        figures = trainer.callback_metrics
+        if name.startswith("Epoch") and "train_loss" in figures:
+            line += f"  train_loss {figures['train_loss']:.4f}"
+            line += f"  speed {figures['speed']:,.0f}"
+        say(f"{line}  {minutes:.0f} min left")
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        figures = trainer.callback_metrics
+        # There are none where a resumed run skips validation.
+        if sys.stdout.isatty() or "val_acc" not in figures:
+            return
+        line = f"Epoch {trainer.current_epoch} "
+        for name in ("train_loss", "train_acc", "val_loss", "val_acc"):
+            value = figures.get(f"{name}_epoch", figures[name])
+            line += f"  {name} {value:.4f}"
+        say(f"{line}  speed {figures['speed']:,.0f}")
+
+
+class ProgressBar(pl.callbacks.TQDMProgressBar):
+    def on_train_epoch_start(self, *args: Any) -> None:
+        # Of the run's start there is a bar without a step, which would stay.
+        self.train_progress_bar.leave = self.train_progress_bar.n > 0
+        self.train_progress_bar.close()
+        super().on_train_epoch_start(*args)
+
+
+class TensorBoardLogger(pl.loggers.TensorBoardLogger):
+    def log_metrics(self, metrics: dict, step: int | None = None) -> None:
+        metrics.pop("epoch", None)  # Lightning's own, a card that says nothing
+        super().log_metrics(metrics, step)
+
+
+def wilson(share: float, n: int, z: float = 1.96) -> list[float]:
+    """Returns the 95 % score interval of a share of `n` [4]."""
+    middle = share + z * z / (2 * n)
+    root = math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    return [(middle + sign * z * root) / (1 + z * z / n) for sign in (-1, 1)]
+
+
+def summarise(module: IMDBSentimentClassifier, best: dict, seconds: float) -> dict:
+    """Returns all that a run reports, of the checkpoint of its best epoch."""
+    labels = module.predictions[:, 1].long()  # [N]
+    logits = module.predictions[:, 2:]  # [N, C]
+    scores = {k: v.item() for k, v in module.trainer.callback_metrics.items()}
+    metrics = best["val"] | {k: v for k, v in scores.items() if k.startswith("test_")}
+    metrics["test_acc_interval"] = wilson(metrics["test_acc"], len(labels))
+    counts = class_counts(module)
+    commonest = labels.mode().values.item()
+    confusion = torchmetrics.functional.classification.multiclass_confusion_matrix(
+        logits, labels, logits.shape[1]
+    )
+    flags = {name: v for name, v in module.hparams.items() if name != "label_names"}
+    return {
+        "metrics": metrics,
+        "baseline": {
+            "label": module.hparams.label_names[commonest],
+            "test_acc": labels.eq(commonest).double().mean().item(),
+        },
+        "leaks": module.leaks,
+        "best_epoch": best["epoch"],
+        "confusion": confusion.tolist() if len(confusion) <= SHOWN else None,
+        "samples": counts,
+        "seconds": seconds,
+        "flags": flags,
+        "versions": {
+            library.__name__: library.__version__
+            for library in (torch, pl, transformers, datasets)
+        },
+    }
+
+
+def say_results(results: dict, folder: pathlib.Path) -> None:
+    scores = results["metrics"]
+    low, high = scores["test_acc_interval"]
+    size = sum(results["samples"]["test"].values())
+    accuracy = f"accuracy {100 * scores['test_acc']:.2f} % of {size:,} reviews"
+    interval = f"95 % interval {100 * low:.2f} to {100 * high:.2f} %"
+    say(f"\nTest      {accuracy} ({interval})")
+    epoch = results["best_epoch"]
+    say(f"          scored once, on epoch {epoch}, the best by validation")
+    baseline = results["baseline"]
+    say(f"          always {baseline['label']}: {100 * baseline['test_acc']:.2f} %")
+    say(f"          {results['leaks']:,} of them stand in train word for word")
+    names = [*results["samples"]["test"]]
+    for name, row in zip(names, results["confusion"] or [], strict=False):
+        taken = commas(dict(zip(names, row, strict=True)))
+        say(f"          {name} taken for: {taken}")
+    model = folder / "model"
+    call = f'"text-classification", model="{model}", truncation=True'
+    say(f"Model     {model}")
+    say(f"Look      tensorboard --logdir {folder.parents[1]}")
+    say("Use       from transformers import pipeline")
+    say(f'          pipeline({call})("A fine film.")')
+
+
+def draw(module: IMDBSentimentClassifier, results: dict) -> None:
+    """Shows the test sample in TensorBoard: curves and tables of its classes."""
+    log = module.logger.experiment
+    step = module.global_step
+    names = module.hparams.label_names[:SHOWN]
+    labels = module.predictions[:, 1].long()  # [N]
+    probabilities = module.predictions[:, 2:].softmax(-1)  # [N, C]
+    for number, name in enumerate(names):
+        own = labels == number
+        log.add_pr_curve(f"test_pr/{name}", own, probabilities[:, number], step)
         if own.any():
             tag = f"test_probability_of_true_class/{name}"
-            log.add_histogram(tag, probabilities[own, i], step)
+            log.add_histogram(tag, probabilities[own, number], step)
     lines = [["true / predicted", *names], ["---"] * (1 + len(names))]
-    lines += [[name, *row] for name, row in zip(names, confusion, strict=True)]
+    for name, row in zip(names, results["confusion"] or [], strict=False):
+        lines.append([name, *row])
     table = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
     log.add_text("test_confusion", table, step)
-    settings = "\n".join(f"    {name}={value}" for name, value in hp.items())
-    log.add_text("train_settings", settings, step)
+    log.add_text("test_worst", worst_errors(module, labels, probabilities), step)
+
+
+def worst_errors(
+    module: IMDBSentimentClassifier, labels: torch.Tensor, probabilities: torch.Tensor
+) -> str:
+    """Returns the twenty errors of which the model is surest, as it saw the reviews.
+
+    Args:
+        labels: <int64>[N], in the order of `module.predictions`.
+        probabilities: <float32>[N, C], likewise.
+    """
+    names = module.hparams.label_names
+    rows = module.predictions[:, 0].long()
     certainty, predicted = probabilities.max(-1)
     wrong = (predicted != labels).nonzero().flatten()
     surest = wrong[certainty[wrong].argsort(descending=True)][:20]
-    head, decode = head_room(hp.seq_length, hp.truncation), module.tokenizer.decode
     worst = []
     for i in surest.tolist():
         review = module.samples["test"][int(rows[i])]
-        pieces, cut = review["input_ids"][1:-1], review["cut"]
-        mark = f" **[{cut} word-pieces cut]** " if cut else " "
-        seen = mark.join([decode(pieces[:head]), decode(pieces[head:])])
+        seen = module.tokenizer.decode(review["input_ids"][1:-1])
         verdict = f"{names[labels[i]]} taken for {names[predicted[i]]}"
-        worst.append(f"1. **{verdict} at {100 * certainty[i]:.1f} %:** {seen}")
-    log.add_text("test_worst", "\n".join(worst), step)
+        share = f"{100 * certainty[i]:.1f} %"
+        cut = f" [{review['cut']} word-pieces cut]" if review["cut"] else ""
+        worst.append(f"1. **{verdict} at {share}{cut}:** {seen}")
+    return "\n".join(worst)
 
 
-def model_card(hp: dict, results: dict) -> str:
+def model_card(results: dict) -> str:
     """Returns the model's README.md, with the metadata that the Hub reads."""
-    scores, local = results["metrics"], os.path.isdir(hp["dataset"])
-    name = os.path.basename(os.path.abspath(hp["dataset"]))
+    scores = results["metrics"]
+    recipe = results["flags"]
+    is_local = os.path.isdir(recipe["dataset"])
+    name = os.path.basename(os.path.abspath(recipe["dataset"]))
+    dataset = name if is_local else recipe["dataset"]
+    result = huggingface_hub.EvalResult(
+        "text-classification",
+        dataset,
+        name,
+        "accuracy",
+        scores["test_acc"],
+        dataset_split="test",
+    )
     card = huggingface_hub.ModelCardData(
-        library_name="transformers", pipeline_tag="text-classification",
-        base_model=None if os.path.isdir(hp["model"]) else hp["model"],
-        datasets=None if local else [hp["dataset"]], metrics=["accuracy"],
-        model_name="BERT", eval_results=huggingface_hub.EvalResult(
-            "text-classification", name if local else hp["dataset"], name, "accuracy",
-            scores["test_acc"], dataset_split="test"),
-    )  # fmt: skip
-    recipe = "\n".join(f"- {name}: {value}" for name, value in results["flags"].items())
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        base_model=None if os.path.isdir(recipe["model"]) else recipe["model"],
+        datasets=None if is_local else [dataset],
+        metrics=["accuracy"],
+        model_name="BERT",
+        eval_results=result,
+    )
+    settings = "\n".join(f"- {name}: {value}" for name, value in recipe.items())
     low, high = scores["test_acc_interval"]
-    end = "end" if hp["truncation"] == "tail" else "beginning"
+    end = "end" if recipe["truncation"] == "tail" else "beginning"
     return f"""---
 {card.to_yaml()}
 ---
-# BERT that tells {json.dumps(hp["label_names"])}
+# BERT that tells {json.dumps([*results["samples"]["test"]])}
 
 Test accuracy {scores["test_acc"]:.4f}, 95 % interval {low:.4f} to {high:.4f}.
 `pipeline("text-classification", model=FOLDER, truncation=True)` loads it and keeps the
-{end} of a long text; training kept its {hp["truncation"]}.
+{end} of a long text; training kept its {recipe["truncation"]}.
 
 ## How it was trained
-{recipe}
+{settings}
 
 ## Limits
 It has seen the texts of one dataset and was not measured on others; its
@@ -792,160 +1254,160 @@ expected calibration error on the test sample is {scores["test_ece"]:.4f}.
 """
 
 
-@rank_zero_only
 def finish(module: IMDBSentimentClassifier, folder: pathlib.Path, start: float) -> None:
-    """Exports the best epoch, writes results and pictures, and says the result."""
-    hp, trainer, names = module.hparams, module.trainer, module.hparams.label_names
+    """Exports the best epoch, and writes, draws and says its results."""
     file = folder / "checkpoints" / "best.ckpt"
     best = torch.load(file, "cpu", mmap=True, weights_only=True)
-    scores = {k: v.item() for k, v in trainer.callback_metrics.items()}
-    metrics = best["val"] | {k: v for k, v in scores.items() if k.startswith("test_")}
-    labels, probabilities = module.predictions[:, 1].int(), module.predictions[:, 2:]
-    low, high = metrics["test_acc_interval"] = wilson(metrics["test_acc"], len(labels))
-    confusion = torchmetrics.functional.confusion_matrix(
-        probabilities, labels, task="multiclass", num_classes=len(names)
-    ).tolist()
-    libraries = (torch, pl, transformers, datasets)
-    results = {
-        "metrics": metrics,
-        "best_epoch": best["epoch"],
-        "confusion": confusion,
-        "samples": module.class_counts(),
-        "seconds": time.perf_counter() - start,
-        "flags": {name: value for name, value in hp.items() if name != "label_names"},
-        "versions": {library.__name__: library.__version__ for library in libraries},
-    }
+    results = summarise(module, best, time.perf_counter() - start)
     module.export(folder / "model")
-    (folder / "model" / "README.md").write_text(model_card(hp, results))
-    draw(module, confusion)
-    shown = {f"hparams/{k}": metrics[k] for k in ("test_acc", "val_acc", "val_loss")}
-    module.logger.log_hyperparams(hp, shown, trainer.global_step)
+    (folder / "model" / "README.md").write_text(model_card(results), "utf-8")
+    draw(module, results)
+    names = ("test_acc", "val_acc", "test_loss", "test_f1", "test_ece")
+    figures = {name: results["metrics"][name] for name in names}
+    module.logger.log_hyperparams(module.hparams, figures, best["global_step"] - 1)
     module.logger.save()
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    share, size = f"{100 * metrics['test_acc']:.2f} %", f"{len(labels):,} reviews"
-    interval = f"95 % interval {100 * low:.2f} to {100 * high:.2f} %"
-    say(f"\nTest      accuracy {share} of {size} ({interval})")
-    say(f"          scored once, on epoch {best['epoch']}, the best by validation")
-    for name, row in zip(names, confusion, strict=True):
-        say(f"          {name} taken for: {commas(dict(zip(names, row, strict=True)))}")
-    call = f'"text-classification", model="{folder / "model"}", truncation=True'
-    say(f"Model     {folder / 'model'}")
-    say(f"Look      tensorboard --logdir {folder.parents[1]}")
-    say("Use       from transformers import pipeline")
-    say(f'          pipeline({call})("A fine film.")')
+    say_results(results, folder)
 
 
-def make_module(settings: dict, label_names: list[str]) -> IMDBSentimentClassifier:
+# The story: check, make, fit, test, finish.
+
+
+def make_module(
+    settings: dict, names: list[str], trained: bool = False
+) -> IMDBSentimentClassifier:
     pl.seed_everything(settings["seed"], verbose=False)
-    return IMDBSentimentClassifier(label_names=label_names, **settings)
+    config = check_config(settings["model"], settings["seq_length"])
+    tokenizer = load_tokenizer(settings["model"], config)
+    bert = load_bert(settings["model"], names, trained)
+    speed_up(bert)
+    return IMDBSentimentClassifier(tokenizer, bert, label_names=names, **settings)
 
 
-def make_trainer(folder: pathlib.Path, precision: str, step: int | None) -> pl.Trainer:
+def make_trainer(
+    settings: dict, run: pathlib.Path, debug: bool, step: int | None
+) -> pl.Trainer:
     """Returns the Trainer of a run; `step` is where a resumed one goes on."""
-    logger = pl.loggers.TensorBoardLogger(
-        folder.parents[1], f"{folder.parent.name}/{folder.name}", version="",
-        default_hp_metric=False, purge_step=step,
-    )  # fmt: skip
-    best = pl.callbacks.ModelCheckpoint(
-        filename="best", monitor="val_acc", mode="max", save_weights_only=True,
-        save_on_train_epoch_end=False,  # after validation, before `last.ckpt`
-        enable_version_counter=False,
-    )  # fmt: skip
-    # As an argument the folder would be resolved, and a link in it be written through.
-    best.dirpath = os.path.abspath(folder / "checkpoints")
-    callbacks = [best, LastCheckpoint(folder / "checkpoints" / "last.ckpt")]
-    # To log, the CPU waits for the GPU.
-    every = 10 if torch.cuda.is_available() and not FLAGS.debug else 1  # steps
-    terminal = sys.stdout.isatty()
-    if terminal:
-        callbacks.append(pl.callbacks.TQDMProgressBar(every, leave=True))
-    parts = ("train", "val", "test") if FLAGS.debug else ()
+    logger = TensorBoardLogger(
+        run.parent,
+        name=run.name,
+        version="version_0",
+        default_hp_metric=False,
+        purge_step=step,
+    )
+    every = 1 if debug else LOG_EVERY
+    last = run / "version_0" / "checkpoints" / "last.ckpt"
+    callbacks = [BestCheckpoint(), LastCheckpoint(last), Terminal()]
+    if sys.stdout.isatty():
+        callbacks.append(ProgressBar(every, leave=True))
+    limits = ("limit_train_batches", "limit_val_batches", "limit_test_batches")
     return pl.Trainer(
-        max_epochs=1 if FLAGS.debug else FLAGS.epochs, precision=precision,
-        devices=FLAGS.devices, num_nodes=FLAGS.num_nodes, strategy=FLAGS.strategy,
+        max_epochs=1 if debug else settings["epochs"],
+        precision=settings["precision"],
+        devices=settings["devices"],
+        num_nodes=settings["num_nodes"],
+        strategy=settings["strategy"],
         use_distributed_sampler=False,  # `LengthGroupedBatches` shares out
-        logger=logger, log_every_n_steps=every, callbacks=callbacks,
-        plugins=[WholeCheckpointIO()], enable_progress_bar=terminal,
-        enable_model_summary=False, num_sanity_val_steps=0,
-        **{f"limit_{part}_batches": 1 for part in parts},
-    )  # fmt: skip
+        logger=logger,
+        log_every_n_steps=every,
+        callbacks=callbacks,
+        plugins=[WholeCheckpointIO()],
+        enable_progress_bar=sys.stdout.isatty(),
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **dict.fromkeys(limits, 1 if debug else None),
+    )
 
 
-def train(settings: dict) -> None:
+def train(settings: dict, run: pathlib.Path, debug: bool, step: int | None) -> None:
     """Checks all that can be known to be wrong, then trains, tests and exports."""
-    start, hub = time.perf_counter(), huggingface_hub.HfApi()
-    logdir = pathlib.Path(FLAGS.logdir).expanduser()  # as Lightning does
-    run = logdir / ("debug" if FLAGS.debug else "imdb")
-    folder, last, step = run / "version_0", None, None
-    check_logdir(run)
-    if FLAGS.resume:
-        last = folder / "checkpoints" / "last.ckpt"
-        step = check_resume(last, settings)
-    check_name("model", FLAGS.model, hub.model_info)
-    check_name("dataset", FLAGS.dataset, hub.dataset_info)
-    check_model(FLAGS.model, FLAGS.seq_length)
-    samples = load_samples(FLAGS.dataset, FLAGS.percent, FLAGS.seed)
-    check_processes(min(map(len, samples.values())))
+    start = time.perf_counter()
+    hub = huggingface_hub.HfApi()
+    processes = settings["devices"] * settings["num_nodes"]
+    check_processes(processes, settings["num_nodes"])
+    check_name("model", settings["model"], hub.model_info)
+    check_name("dataset", settings["dataset"], hub.dataset_info)
+    check_config(settings["model"], settings["seq_length"])
+    samples = load_samples(settings["dataset"], settings["percent"], settings["seed"])
+    smallest = min(len(sample) for sample in samples.values())
+    if processes > smallest:
+        few = f"the smallest sample has {smallest} reviews"
+        refuse(f"{processes} processes, {few}: lower --devices")
     module = make_module(settings, samples["train"].features["label"].names)
-    try:
-        trainer = make_trainer(folder, settings["precision"], step)
-    except pl.utilities.exceptions.MisconfigurationException as error:
-        expect(False, one_line(error))
-    if rank_zero_only.rank == 0:
-        module.setup("fit")
-        describe(module, trainer)
-        if not FLAGS.resume:
-            clear(run)
-    try:
-        trainer.fit(module, ckpt_path=last, weights_only=True)
-        best = folder / "checkpoints" / "best.ckpt"
+    with refusing("--devices", pl.utilities.exceptions.MisconfigurationException):
+        trainer = make_trainer(settings, run, debug, step)
+    folder = run / "version_0"
+    last = folder / "checkpoints" / "last.ckpt"
+    best = folder / "checkpoints" / "best.ckpt"
+    with only_run(run), running(folder):
+        if step is None:
+            clear(run, debug)
+        resumed = None if step is None else last
+        trainer.fit(module, ckpt_path=resumed, weights_only=True)
         trainer.test(module, ckpt_path=best, weights_only=True, verbose=False)
-        finish(module, folder, start)
+        if trainer.is_global_zero:
+            finish(module, folder, start)
+
+
+@contextlib.contextmanager
+def running(folder: pathlib.Path) -> Iterator[None]:
+    """Says in one line when memory or disk are full."""
+    try:
+        yield
     except torch.OutOfMemoryError:
-        expect(False, "the GPU's memory is full: lower --batch_size or --seq_length")
+        refuse("the GPU's memory is full: lower --batch_size or --seq_length")
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         # torch.save hides the system's error behind its own.
-        full = os.strerror(errno.ENOSPC) in f"{error} {error.__context__}"
-        expect(not full, f"no space left for {folder}: free some, go on with --resume")
-        raise
+        if os.strerror(errno.ENOSPC) not in f"{error} {error.__context__}":
+            raise
+        can_resume = (folder / "checkpoints" / "last.ckpt").exists()
+        how = "go on with --resume" if can_resume else "start again"
+        refuse(f"no space left for {folder}: free some, then {how}")
 
 
-def predict(settings: dict) -> None:
+def read_texts(file: str) -> Reviews:
+    """Reads the reviews to label: a file, or lines of stdin for -."""
+    flag = f"--predict={file}"
+    if file == "-":
+        with refusing(f"{flag}: expected reviews by line", ValueError):
+            lines = [line.rstrip("\n") for line in sys.stdin]
+        reviews = Reviews.from_dict({"text": lines})
+    else:
+        path = pathlib.Path(file)
+        if path.suffix.lower() not in (*READERS, ".txt", ""):
+            kinds = ", ".join([*READERS, ".txt"])
+            refuse(f"{flag}: expected one of {kinds}, found {path.suffix}")
+        reviews = read_file(flag, path)
+    return select(flag, reviews, text=TEXT)
+
+
+def predict(settings: dict, file: str) -> None:
     """Writes the label and each class's probability of new reviews, as csv."""
-    file, logdir = FLAGS.predict, os.path.expanduser(FLAGS.logdir)
-    last = os.path.join(logdir, "imdb", "version_0", "model")
-    model = FLAGS.model if FLAGS["model"].present else last
-    expect(os.path.isdir(model), f"--predict: no model in {model}: name it by --model")
-    config = check_model(model, 3)
-    classifies = "BertForSequenceClassification" in (config.get("architectures") or [])
-    expect(classifies, f"--predict: {model} has no trained classifier")
-    kinds = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-    kind = kinds.get(pathlib.Path(file).suffix.lower(), "text")
-    try:
-        if file == "-":
-            reviews = Reviews.from_dict({"text": [s.rstrip("\n") for s in sys.stdin]})
-        else:
-            reviews = datasets.load_dataset(kind, data_files=file, split="train")
-        reviews = reviews.select_columns("text")
-    except UNREADABLE as error:
-        expect(False, f"--predict={file}: expected reviews as text: {one_line(error)}")
-    column = reviews.data.column("text")
-    sound = not column.null_count and "string" in str(column.type)
-    lacks = f"{column.null_count} of {len(reviews)} lack it, it is {column.type}"
-    expect(sound, f"--predict={file}: expected text in every row, {lacks}")
-    trained = {k: config.get(k, settings[k]) for k in ("seq_length", "truncation")}
-    check_model(model, trained["seq_length"])
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # of `| head`: ends without a word
+    model = settings["model"]
+    if not os.path.isdir(model):
+        refuse(f"--predict: no model in {model}: name it by --model")
+    config = check_config(model, seq_length=3)
+    if "BertForSequenceClassification" not in (config.get("architectures") or []):
+        refuse(f"--predict: {model} has no trained classifier")
+    reviews = read_texts(file)
+    for name in ("seq_length", "truncation"):
+        settings[name] = config.get(name, settings[name])
     labels = transformers.BertConfig(**config).id2label
-    names = [labels[i] for i in sorted(labels)]
-    module = make_module(settings | trained | {"model": model}, names)
-    module.samples = {"predict": tokenise(reviews, module.tokenizer, *trained.values())}
+    names = [labels[number] for number in sorted(labels)]
+    module = make_module(settings, names, trained=True)
     trainer = pl.Trainer(
-        precision=settings["precision"], devices=1, enable_checkpointing=False,
-        logger=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    probabilities = torch.cat(trainer.predict(module))  # [N, C], in the order of plan
-    order = torch.cat([*map(torch.tensor, trainer.predict_dataloaders.sampler.plan())])
-    table = pandas.DataFrame(probabilities[order.argsort()], columns=names)
+        precision=settings["precision"],
+        devices=1,
+        enable_checkpointing=False,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    batches = trainer.predict(module, module.batches(module.encode(reviews)))
+    predictions = torch.cat(batches)
+    in_order = predictions[predictions[:, 0].argsort(), 1:]
+    table = pandas.DataFrame(in_order, columns=names)
     table.insert(0, "label", table.idxmax(1), allow_duplicates=True)
     table.to_csv(sys.stdout, index=False, float_format="%.6f")
 
@@ -960,22 +1422,13 @@ def quieten() -> None:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     for decided in (
-        ".*does not have many workers",  # see `serve`
+        ".*does not have many workers",  # see `batches`
         ".*Checkpoint directory .* exists and is not empty",  # it does when resuming
         ".*your dataloader is not resumable",  # it is: see `LengthGroupedBatches`
         ".*recommended to use `Trainer.devices=1",  # no review is tested twice
         ".*isinstance.treespec, LeafSpec",  # Lightning's own
     ):
         warnings.filterwarnings("ignore", decided)
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep what a step frees, and spares it the page faults."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        # M_MMAP_THRESHOLD, in bytes; older ones take 32 MiB at most.
-        libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25)
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, in bytes
 
 
 def fastest_precision() -> str:
@@ -989,16 +1442,32 @@ def fastest_precision() -> str:
 
 
 def main(argv: list[str]) -> None:
-    expect(not argv[1:], f"unexpected {argv[1:]}: flags are given as --name=value")
+    """Reads the flags, and trains or predicts."""
+    if argv[1:]:
+        refuse(f"unexpected {argv[1:]}: flags are given as --name=value")
+    if "://" in FLAGS.logdir:
+        refuse(f"--logdir={FLAGS.logdir}: expected a folder of this machine")
+    on_signals(stop)
+    sys.stdout.reconfigure(errors="backslashreplace")  # of a name on an ascii terminal
     quieten()
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")
-    ours = {flag.name: flag.value for flag in FLAGS.get_key_flags_for_module(__name__)}
-    settings = {name: v for name, v in ours.items() if name not in RUN_FLAGS}
+    ours = FLAGS.get_key_flags_for_module(__name__)
+    settings = {f.name: f.value for f in ours if f.name not in RUN_FLAGS}
     if FLAGS.precision == "auto":
         settings["precision"] = fastest_precision()
-    on_signals(stop)
-    (train if FLAGS.predict is None else predict)(settings)
+    given = {k: v for k, v in settings.items() if not FLAGS[k].using_default_value}
+    logdir = pathlib.Path(FLAGS.logdir).expanduser()  # as Lightning does
+    run = logdir / ("debug" if FLAGS.debug else "imdb")
+    step = None
+    if FLAGS.predict is not None:
+        last_model = str(logdir / "imdb" / "version_0" / "model")
+        settings["model"] = given.get("model", last_model)
+        predict(settings, FLAGS.predict)
+        return
+    if FLAGS.resume:
+        settings, step = check_resume(run / "version_0" / "checkpoints", given)
+    train(settings, run, FLAGS.debug, step)
 
 
 if __name__ == "__main__":
