@@ -39,8 +39,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-if __name__ == "__main__":  # Ctrl-C while the libraries load ends without a word
+if __name__ == "__main__":
+    # Ctrl-C while the libraries load ends without a word.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # On a CPU: huge pages, as fewer have to be asked for, and fewer of the kernels
+    # that oneDNN makes and keeps for each length of a batch.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 import datasets
 import filelock
@@ -54,6 +59,7 @@ import torch
 import torch.nn.functional as F
 import torchmetrics
 import transformers
+import yaml
 from absl import app, flags
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
@@ -83,6 +89,7 @@ UNREADABLE = (
     RuntimeError,
     StopIteration,
     ValueError,
+    yaml.YAMLError,
 )
 TEXT = r"(large_)?string"  # Arrow's types
 LABEL = TEXT + r"|u?int\d+"
@@ -240,13 +247,13 @@ def select(flag: str, reviews: Reviews, **types: str) -> Reviews:
         if found.count(column) != 1 or f"{column}.1" in found:
             refuse(f"{flag}: expected one column {column}, found {found}")
         values = reviews.data.column(column)
-        if not re.fullmatch(type_, str(values.type)):
-            kinds = "strings" if column == "text" else "strings or whole numbers"
-            refuse(f"{flag}: expected {column} as {kinds}, found {values.type}")
         if values.null_count:
             lack = f"{values.null_count} of {len(reviews)} lack it"
             hint = "a csv's NA, None and null are taken for missing"
             refuse(f"{flag}: expected {column} in every row, {lack} ({hint})")
+        if not re.fullmatch(type_, str(values.type)):
+            kinds = "strings" if column == "text" else "strings or whole numbers"
+            refuse(f"{flag}: expected {column} as {kinds}, found {values.type}")
     return reviews.select_columns([*types])
 
 
@@ -259,7 +266,7 @@ def name_labels(flag: str, split: Reviews) -> list[str]:
             refuse(f"{flag}: expected a label in every row, some have -1")
         return kind.int2str(labels)
     names = [str(label).strip() for label in labels]
-    if len({*names}) < len({*labels}):
+    if {*names} != {str(label) for label in labels}:
         say_once("Data      labels that differ by blanks around them are one class")
     return names
 
@@ -507,18 +514,18 @@ def load_bert(model: str, names: list[str], trained: bool) -> torch.nn.Module:
     if "bert.pooler.dense.weight" in new:
         say("Model     its checkpoint has no pooler: that starts from random weights")
     earlier = transformers.BertConfig.from_pretrained(model).id2label
-    kept = "classifier.weight" not in new
-    if kept and not trained and earlier != dict(enumerate(names)):
-        say(
-            f"Model     its classifier has other classes: a new one for {names[:SHOWN]}"
-        )
+    had_head = "classifier.weight" not in info["missing_keys"]
+    if had_head and not trained and earlier != dict(enumerate(names)):
+        say(f"Model     its classes are others: a new classifier of {names[:SHOWN]}")
         torch.nn.init.normal_(bert.classifier.weight, std=bert.config.initializer_range)
         torch.nn.init.zeros_(bert.classifier.bias)
     return bert.train()  # it comes in eval mode, with dropout off
 
 
-# Faster on a CPU. Without this section, and the two lines that call `speed_up` and
-# `keep_freed_memory`, the same model trains. Gains: tests/measure/README.md.
+# Faster on a CPU. Without this section, the two lines that call `speed_up` and
+# `keep_freed_memory`, and the environment set above the imports, the same model trains.
+
+LIBC = ctypes.CDLL(None)
 
 
 class Dropout(torch.nn.Dropout):
@@ -561,6 +568,22 @@ def choose_attention(bert: torch.nn.Module, args: Any) -> None:
         bert.set_attn_implementation(attention)
 
 
+def trim_memory(bert: torch.nn.Module, args: Any) -> None:
+    """Gives back what glibc keeps freed, which blocks of ever new lengths fragment."""
+    bert.calls += 1
+    if bert.calls % 20 == 0 and hasattr(LIBC, "malloc_trim"):
+        LIBC.malloc_trim(0)
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what a step frees, and spares it the page faults."""
+    if hasattr(LIBC, "mallopt"):
+        threshold, trim = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, in bytes
+        if not LIBC.mallopt(threshold, 2**30):
+            LIBC.mallopt(threshold, 2**25)  # the most that older ones take
+        LIBC.mallopt(trim, 2**31 - 1)
+
+
 def speed_up(bert: torch.nn.Module) -> None:
     for name, module in [*bert.named_modules()]:
         if type(module) is torch.nn.Dropout:
@@ -568,16 +591,8 @@ def speed_up(bert: torch.nn.Module) -> None:
     bert.bert.encoder.layer[-1].__class__ = ClsLayer
     bert.bert.embeddings.register_forward_hook(cast_once)
     bert.register_forward_pre_hook(choose_attention)
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep what a step frees, and spares it the page faults."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        threshold, trim = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, in bytes
-        if not libc.mallopt(threshold, 2**30):
-            libc.mallopt(threshold, 2**25)  # the most that older ones take
-        libc.mallopt(trim, 2**31 - 1)
+    bert.register_forward_pre_hook(trim_memory)
+    bert.calls = 0
 
 
 # The network, how it learns, and what is measured of it.
@@ -1327,6 +1342,10 @@ def train(settings: dict, run: pathlib.Path, debug: bool, step: int | None) -> N
     check_processes(processes, settings["num_nodes"])
     check_name("model", settings["model"], hub.model_info)
     check_name("dataset", settings["dataset"], hub.dataset_info)
+    for flag in ("model", "dataset"):
+        path = pathlib.Path(settings[flag]).resolve()
+        if step is None and path.is_relative_to(run.resolve()):
+            refuse(f"--{flag}={settings[flag]}: {run} is to move, copy it elsewhere")
     check_config(settings["model"], settings["seq_length"])
     samples = load_samples(settings["dataset"], settings["percent"], settings["seed"])
     smallest = min(len(sample) for sample in samples.values())
@@ -1426,6 +1445,7 @@ def quieten() -> None:
         ".*Checkpoint directory .* exists and is not empty",  # it does when resuming
         ".*your dataloader is not resumable",  # it is: see `LengthGroupedBatches`
         ".*recommended to use `Trainer.devices=1",  # no review is tested twice
+        ".*smaller than the logging interval",  # the epoch's means are logged
         ".*isinstance.treespec, LeafSpec",  # Lightning's own
     ):
         warnings.filterwarnings("ignore", decided)
@@ -1448,6 +1468,7 @@ def main(argv: list[str]) -> None:
     if "://" in FLAGS.logdir:
         refuse(f"--logdir={FLAGS.logdir}: expected a folder of this machine")
     on_signals(stop)
+    say_once.cache_clear()
     sys.stdout.reconfigure(errors="backslashreplace")  # of a name on an ascii terminal
     quieten()
     keep_freed_memory()

@@ -19,6 +19,7 @@ from typing import Any
 # `datasets` names its cache after functions by name alone: each session needs its own.
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="test-datasets-")
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+sys.path.insert(0, str(pathlib.Path(__file__).parent / "measure"))
 
 import datasets
 import demo
@@ -101,7 +102,8 @@ def command(
 
 def call(**values: Any) -> pathlib.Path:
     """Calls `main.main` under these flags; returns the run's folder."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    changed = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
+    handlers = {signum: signal.getsignal(signum) for signum in changed}
     try:
         with flagsaver.flagsaver(**SETTINGS | values):
             main.main(["main.py"])
@@ -143,7 +145,7 @@ def trained(
 
 @pytest.fixture(scope="session")
 def tokenizer(bert: str) -> transformers.BertTokenizer:
-    return main.load_tokenizer(bert)
+    return main.load_tokenizer(bert, main.check_config(bert, 3))
 
 
 def piece_ids(

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import types
 from typing import Any
 
 import datasets
@@ -89,7 +90,7 @@ def test_labels_of_own_reviews_become_classes(
     texts = ['a "fine", film', "an awful\nfilm", "it was", "ünd"]
     train = {"text": texts, "label": labels, "stars": [1, 2, 3, 4]}
     test = {"label": labels[2:0:-1], "text": texts[2:0:-1]}
-    splits = main.load_reviews(write_reviews(tmp_path, kind, train, test))
+    splits = main.load_splits(write_reviews(tmp_path, kind, train, test))
     assert splits["train"]["text"][:] == texts
     assert splits["test"]["text"][:] == texts[2:0:-1]
     for part, expected in (("train", labels), ("test", labels[2:0:-1])):
@@ -102,7 +103,7 @@ def test_labels_of_own_reviews_become_classes(
 def test_class_labels_of_a_parquet_keep_their_order(tmp_path: pathlib.Path) -> None:
     reviews = {"text": ["a", "b", "c"], "label": [1, 0, 1]}
     folder = write_reviews(tmp_path, "parquet", reviews, reviews, ["pos", "neg"])
-    splits = main.load_reviews(folder)
+    splits = main.load_splits(folder)
     assert splits["train"].features["label"].names == ["pos", "neg"]
     assert splits["train"]["label"][:] == [1, 0, 1]
 
@@ -133,6 +134,7 @@ def test_seq_length_and_truncation_hold_to_the_word_piece(
     assert pieces[1] == ["[CLS]", "a", "fine", "film", "[SEP]"]
     assert review["length"][:] == [10, 5]
     assert review["cut"][:] == [6, 0]
+    assert review["row"][:] == [0, 1]
     assert "text" not in review.column_names
 
 
@@ -299,13 +301,16 @@ def test_evaluation_goes_from_long_to_short_in_every_epoch() -> None:
 
 
 def test_a_resumed_epoch_skips_what_was_done() -> None:
-    done = 0
+    progress = types.SimpleNamespace(current=types.SimpleNamespace(ready=0))
     lengths = torch.arange(50)
-    sampler = main.LengthGroupedBatches(lengths, 4, seed=3, done=lambda: done)
+    sampler = main.LengthGroupedBatches(lengths, 4, seed=3, progress=progress)
     whole = [*sampler]
     assert len(whole) == len(sampler.plan()) == 13
     for done in (1, 5, 13):
-        assert [*sampler] == whole[done:]
+        progress.current.ready = 0
+        batches = iter(sampler)
+        progress.current.ready = done  # as Lightning restores it, after the iterator
+        assert [*batches] == whole[done:]
 
 
 def test_settings_differ_from_the_defaults_and_one_another() -> None:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import torch
 import transformers
 from conftest import SETTINGS, call, piece_ids
@@ -26,10 +25,8 @@ STEPS = EPOCHS * math.ceil(TRAIN / SETTINGS["batch_size"])
 
 @pytest.fixture
 def module(bert: str, reviews: str) -> Module:
-    pl.seed_everything(SETTINGS["seed"], verbose=False)
     values = SETTINGS | {"dataset": reviews, "model": bert, "optimizer": "adamw"}
-    own = {k: v for k, v in values.items() if k not in ("epochs", "precision")}
-    return Module(label_names=["neg", "pos"], **own)
+    return main.make_module(values, ["neg", "pos"])
 
 
 def draw_ids(module: Module, rows: int, length: int) -> torch.Tensor:
@@ -97,14 +94,14 @@ def test_logits_and_gradients_equal_those_of_plain_transformers(
 def test_fused_attention_is_left_out_only_where_a_cpu_trains_in_bf16(
     run: Run, monkeypatch: pytest.MonkeyPatch, precision: str, training: str
 ) -> None:
-    used, step = set(), Module.step
+    used, forward = set(), Module.forward
 
-    def noted(module: Module, batch: dict) -> tuple:
-        out = step(module, batch)
+    def noted(module: Module, input_ids: torch.Tensor) -> torch.Tensor:
+        out = forward(module, input_ids)
         used.add((module.training, module.bert.config._attn_implementation))
         return out
 
-    monkeypatch.setattr(Module, "step", noted)
+    monkeypatch.setattr(Module, "forward", noted)
     run(debug=True, precision=precision)
     assert used == {(True, training), (False, "sdpa")}
 
@@ -114,7 +111,10 @@ def test_parameters_are_float32_even_from_a_bfloat16_checkpoint(
 ) -> None:
     half = transformers.BertModel.from_pretrained(bert, dtype=torch.bfloat16)
     half.save_pretrained(tmp_path)
-    kinds = {p.dtype for p in main.load_bert(str(tmp_path), ["a", "b"]).parameters()}
+    kinds = {
+        p.dtype
+        for p in main.load_bert(str(tmp_path), ["a", "b"], trained=False).parameters()
+    }
     assert kinds == {torch.float32}
 
 

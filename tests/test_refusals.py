@@ -1,25 +1,28 @@
 """Bad input ends `main.py` with one line and status 1, and nothing on disk changes.
 
-The tables name a case, say what is broken, and give words that the line must hold. The
-last part shows that nothing which is loaded can run code, or write where it should not.
+Each table spoils sound files, and gives words that the line must hold. Beside them
+stand what is odd but sound, two runs at once, failures on the way, and that nothing
+which is loaded runs code or writes where it should not.
 """
 
-import http.server
+import dataclasses
 import io
+import itertools
 import json
 import logging
 import os
 import pathlib
 import pickle
 import shutil
-import socket
+import signal
+import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import huggingface_hub
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -29,15 +32,82 @@ import transformers
 from absl import flags
 from absl.testing import flagsaver
 from conftest import command, write_reviews
+from demo import MAIN
 
 import main
 
-Files = dict[str, str | bytes | None]
-Refused = Callable[..., str]
-Run = Callable[..., pathlib.Path]
+Change = str | bytes | None | Callable[[bytes], str | bytes]
+LAST = "logs/imdb/version_0/checkpoints/last.ckpt"
+BEST = "logs/imdb/version_0/checkpoints/best.ckpt"
+RESULTS = "logs/imdb/version_0/results.json"
+ROWS = [(f"a {('boring', 'fine')[n % 2]} film {n}", n % 2) for n in range(40)]
+CSV = "text,label\n" + "".join(f"{text},{label}\n" for text, label in ROWS)
+JSONL = "".join(json.dumps({"text": t, "label": k}) + "\n" for t, k in ROWS)
+MALICE = "import pathlib\npathlib.Path('executed').touch()\n"
 
 
-def snapshot(folder: pathlib.Path) -> dict[str, bytes | str]:
+class Evil:
+    """Makes a file `executed` in the working folder when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pathlib.Path.touch, (pathlib.Path("executed"),)
+
+
+@dataclasses.dataclass
+class Case:
+    """What is spoilt, the flags of the run, and words of the line that refuses it."""
+
+    words: list[str]
+    files: dict[str, Change] = dataclasses.field(default_factory=dict)
+    flags: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def spoil(files: dict[str, Change], folder: pathlib.Path = pathlib.Path()) -> str:
+    """Writes files, changes them by a function, or removes those that are None."""
+    for name, change in files.items():
+        path = folder / name
+        if change is None:
+            for each in folder.glob(name):
+                each.unlink()
+            continue
+        content = change(path.read_bytes()) if callable(change) else change
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(folder)
+
+
+def edit(**values: Any) -> Callable[[bytes], str]:
+    """Returns what changes entries of a json file."""
+    return lambda whole: json.dumps(json.loads(whole) | values)
+
+
+def weigh(change: Callable[[dict], dict]) -> Callable[[bytes], bytes]:
+    """Returns what changes the weights in a safetensors file."""
+
+    def save(whole: bytes) -> bytes:
+        weights = change(safetensors.torch.load(whole))
+        return safetensors.torch.save(weights, {"format": "pt"})
+
+    return save
+
+
+def saved(value: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def store(**values: Any) -> Callable[[bytes], bytes]:
+    """Returns what changes entries of a checkpoint; those that are None go."""
+
+    def change(whole: bytes) -> bytes:
+        checkpoint = torch.load(io.BytesIO(whole), weights_only=True) | values
+        return saved({k: v for k, v in checkpoint.items() if v is not None})
+
+    return change
+
+
+def snapshot(folder: pathlib.Path = pathlib.Path()) -> dict[str, bytes | str]:
     """Returns all that lies in a folder: bytes of files, targets of links."""
     found: dict[str, bytes | str] = {}
     for path in folder.rglob("*"):
@@ -49,735 +119,650 @@ def snapshot(folder: pathlib.Path) -> dict[str, bytes | str]:
     return found
 
 
-def write(folder: pathlib.Path, files: Files) -> str:
-    """Writes files; those that are None do not exist."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        if content is not None:
-            raw = content.encode() if isinstance(content, str) else content
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(raw)
-    return str(folder)
-
-
-def earlier_run(logdir: pathlib.Path) -> None:
-    """Makes what looks like a finished run."""
-    files: Files = {"hparams.yaml": "lr: 0.1\n", "results.json": '{"seconds": 1}\n'}
-    write(logdir / "imdb" / "version_0", files | {"checkpoints/last.ckpt": b"weights"})
-
-
-def one_line(capsys: pytest.CaptureFixture[str], call: Callable[[], Any]) -> str:
-    """Returns the one line with which a call ends the program."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit:
-        call()
-    line = exit.value.code
-    assert isinstance(line, str)  # Python prints it, and exits with status 1
-    assert line.strip() and len(line.splitlines()) == 1
-    assert capsys.readouterr() == ("", "")
-    return line
+@pytest.fixture(autouse=True)
+def nothing_is_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert not (tmp_path / "executed").exists()
 
 
 @pytest.fixture
-def stderr(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> pytest.CaptureFixture[str]:
-    """Captures what libraries log as well: they hold the stderr of their import."""
+def place(tmp_path, bert, trained):
+    """Lays a sound model, sound data and a finished run into the working folder."""
+    shutil.copytree(bert, "model")
+    shutil.copytree(trained.parent, "logs/imdb")
+    spoil({"data/train.csv": CSV, "data/test.csv": CSV, "new.csv": CSV})
+    return tmp_path
+
+
+@pytest.fixture
+def refused(place, run, capfd, monkeypatch):
+    """Checks that a run is refused in one line with these words, and no trace."""
     for name in ("datasets", "transformers", "huggingface_hub"):
         for handler in logging.getLogger(name).handlers:
             tell = lambda record: print(record.getMessage(), file=sys.stderr)  # noqa: E731
             monkeypatch.setattr(handler, "emit", tell)
-    return capsys
 
-
-@pytest.fixture
-def refused(
-    tmp_path: pathlib.Path,
-    run: Run,
-    stderr: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> Refused:
-    """Checks that a run is refused in one line with these words, and no trace."""
-    monkeypatch.chdir(tmp_path)
-
-    def check(*words: str, **values: Any) -> str:
-        if not (tmp_path / "logs").exists():
-            earlier_run(tmp_path / "logs")
-        before = snapshot(tmp_path)
-        line = one_line(stderr, lambda: run(**values))
-        for word in words:
-            assert word in line
-        assert snapshot(tmp_path) == before
-        return line
+    def check(case: Case, **values: Any) -> None:
+        spoil(case.files)
+        before = snapshot()
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            run(**values | case.flags)
+        line = exit.value.code
+        assert isinstance(line, str)  # Python prints it, and exits with status 1
+        assert line.startswith("main.py: ") and len(line.splitlines()) == 1
+        assert [word for word in case.words if word not in line] == [], line
+        assert capfd.readouterr() == ("", "")
+        assert snapshot() == before
 
     return check
 
 
-# Flags.
+def results(folder: pathlib.Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+def each(table: dict[str, Any]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", table.values(), ids=table)
+
+
+# Flags, processes and the folder of the logs.
 
 ILLEGAL = {
-    "--percent=0": "--percent",
-    "--percent=101": "--percent",
-    "--percent=-5": "--percent",
-    "--percent=half": "--percent",
     "--percent=0.5": "--percent",
-    "--percent=nan": "--percent",
-    "--seq_length=2": "--seq_length",
-    "--seq_length=long": "--seq_length",
-    "--truncation=middle": "head_tail",
-    "--epochs=0": "--epochs",
-    "--epochs=-1": "--epochs",
-    "--epochs=1.5": "--epochs",
     "--epochs=inf": "--epochs",
-    "--batch_size=0": "--batch_size",
-    "--optimizer=adam": "adamw",
-    "--lr=0": "--lr",
-    "--lr=-1e-5": "--lr",
-    "--lr=1": "--lr",
     "--lr=nan": "--lr",
-    "--lr=inf": "--lr",
-    "--lr=fast": "--lr",
-    "--momentum=1": "--momentum",
-    "--momentum=-0.1": "--momentum",
     "--momentum=nan": "--momentum",
     "--weight_decay=nan": "--weight_decay",
-    "--weight_decay=-1": "--weight_decay",
     "--warmup=nan": "--warmup",
-    "--warmup=1": "--warmup",
-    "--warmup=-inf": "--warmup",
-    "--seed=-1": "--seed",
     "--seed=4294967296": "--seed",
-    "--seed=lucky": "--seed",
-    "--precision=16": "bf16-mixed",
-    "--devices=0": "--devices",
-    "--devices=auto": "--devices",
-    "--num_nodes=0": "--num_nodes",
-    "--strategy=fsdp": "ddp",
-    "--debug=perhaps": "--debug",
-    "--learning_rate=1e-5": "learning_rate",
     "--epoch=5": "epochs",  # the suggestion
 }
 
 
 @pytest.mark.parametrize("flag", ILLEGAL)
-def test_absl_refuses_a_flag(flag: str) -> None:
-    with flagsaver.flagsaver(), pytest.raises(flags.Error) as error:
+def test_absl_refuses_a_flag(flag):
+    with flagsaver.flagsaver(), pytest.raises(flags.Error, match=ILLEGAL[flag]):
         flags.FLAGS(["main.py", flag])
-    assert ILLEGAL[flag] in str(error.value)
 
 
-def test_a_user_reads_one_line_and_no_more(tmp_path: pathlib.Path, bert: str) -> None:
-    write(tmp_path / "data", {"train.csv": CSV + "1,2,3,4\n", "test.csv": CSV})
-    earlier_run(tmp_path / "logs")
-    before = snapshot(tmp_path)
-    done = command(f"--model={bert}", "--dataset=data", "--seq_length=9", cwd=tmp_path)
-    assert done.returncode == 1
-    assert "line 42" in done.stderr and done.stderr.count("\n") == 1
-    assert not done.stdout
-    assert snapshot(tmp_path) == before
+@pytest.mark.parametrize("stray", ["debug", "-", ""])
+def test_a_stray_argument_is_refused(stray):
+    with pytest.raises(SystemExit, match=f"'{stray}'.*--name=value"):
+        main.main(["main.py", stray])
 
 
-@pytest.mark.parametrize("stray", ["debug", "-", "0", "percent=5", ""])
-def test_a_stray_argument_is_refused(
-    capsys: pytest.CaptureFixture[str], stray: str
-) -> None:
-    line = one_line(capsys, lambda: main.main(["main.py", stray]))
-    assert repr(stray) in line and "--" in line
+FLAGS = {
+    "too long for the model": Case(["--seq_length=65", "64"], {}, {"seq_length": 65}),
+    "processes": Case(["14 processes", "13 reviews", "--devices"], {}, {"devices": 14}),
+    "machines": Case(["--num_nodes=2", "torchrun"], {}, {"num_nodes": 2}),
+    "logs in a cloud": Case(["--logdir=s3://x"], {}, {"logdir": "s3://x"}),
+    "logs at an address": Case(["--logdir=file://"], {}, {"logdir": "file:///tmp"}),
+    "logs in a file": Case(["--logdir=new.csv"], {}, {"logdir": "new.csv"}),
+    "logs below a file": Case(["--logdir=new.csv/a"], {}, {"logdir": "new.csv/a"}),
+    "earlier runs cannot be moved": Case(
+        ["--logdir=", "cannot move", "logs/imdb"], {"logs.old": "mine"}),
+}  # fmt: skip
 
 
-def test_a_length_beyond_the_model_is_refused(refused: Refused) -> None:
-    refused("--seq_length=65", "64", seq_length=65)
+@each(FLAGS)
+def test_flags_that_do_not_fit_are_refused(refused, case):
+    refused(case)
 
 
-def test_more_processes_than_reviews_are_refused(refused: Refused) -> None:
-    refused("14 processes", "--devices", devices=14)  # 13 reviews validate
-
-
-@pytest.mark.parametrize("started, devices", [("2", 1), ("1", 2), ("2", 3)])
-def test_another_number_of_processes_than_the_flags_say_is_refused(
-    refused: Refused, monkeypatch: pytest.MonkeyPatch, started: str, devices: int
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", started)
-    words = f"{started} processes started", f"--num_nodes is {devices}"
-    refused("--devices", *words, devices=devices)
-
-
-# The folder of the logs.
-
-
-def as_file(folder: pathlib.Path) -> str:
-    (folder / "notes").write_text("mine")
-    return "notes"
-
-
-def below_file(folder: pathlib.Path) -> str:
-    return as_file(folder) + "/logs/bert"
-
-
-def dangling(folder: pathlib.Path) -> str:
-    (folder / "link").symlink_to(folder / "nowhere")
-    return "link"
-
-
-def of_somebody(*parts: str) -> Callable[[pathlib.Path], str]:
-    def make(folder: pathlib.Path) -> str:
-        earlier_run(folder / "theirs")
-        path = folder.joinpath("theirs", *parts)
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("mine")
-        return "theirs"
-
-    return make
-
-
-def imdb_file(folder: pathlib.Path) -> str:
-    write(folder / "theirs", {"imdb": "mine"})
-    return "theirs"
-
-
-def old_file(folder: pathlib.Path) -> str:
-    earlier_run(folder / "theirs")
-    (folder / "theirs.old").write_text("mine")
-    return "theirs"
-
-
-LOGDIRS = {
-    "a file": (as_file, ["notes", "folder"]),
-    "below a file": (below_file, ["notes", "folder"]),
-    "a dangling link": (dangling, ["link", "folder"]),
-    "imdb is a file": (imdb_file, ["theirs/imdb"]),
-    "imdb has a file of somebody": (of_somebody("imdb", "thesis.txt"), ["thesis.txt"]),
-    "imdb has a folder of somebody": (
-        of_somebody("imdb", "version_1", "model"),
-        ["theirs/imdb/version_1"],
-    ),
-    "imdb has a hidden folder": (of_somebody("imdb", ".git", "HEAD"), [".git"]),
-    "version_0 has a file of somebody": (
-        of_somebody("imdb", "version_0", "photo.jpg"),
-        ["photo.jpg"],
-    ),
-    "earlier runs cannot be moved": (old_file, ["theirs.old"]),
+ENVIRONMENT = {
+    "fewer": ({"WORLD_SIZE": "2"}, ["2 processes", "--num_nodes is 1"]),
+    "no number": ({"WORLD_SIZE": "abc"}, ["WORLD_SIZE", "abc", "--num_nodes is 1"]),
+    "a rank alone": ({"RANK": "1"}, ["RANK", "WORLD_SIZE"]),
+    "the first rank alone": ({"RANK": "0"}, ["RANK", "WORLD_SIZE"]),
+    "a local rank alone": ({"LOCAL_RANK": "1"}, ["LOCAL_RANK", "WORLD_SIZE"]),
+    "SLURM's rank alone": ({"SLURM_PROCID": "1"}, ["SLURM_PROCID", "WORLD_SIZE"]),
 }
 
 
-@pytest.mark.parametrize("case", LOGDIRS)
-def test_a_logdir_is_refused(
-    refused: Refused, tmp_path: pathlib.Path, case: str
-) -> None:
-    make, words = LOGDIRS[case]
-    refused("--logdir", *words, logdir=make(tmp_path))
+@each(ENVIRONMENT)
+def test_processes_other_than_the_flags_say_are_refused(refused, monkeypatch, case):
+    environment, words = case
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+        if name != "WORLD_SIZE":  # Lightning reads it when it is imported
+            monkeypatch.setattr(main.rank_zero_only, "rank", int(value))
+    refused(Case(words))
 
 
-@pytest.mark.parametrize("below", ["", "new/logs"])
-def test_a_logdir_that_is_not_writable_is_refused(
-    refused: Refused, tmp_path: pathlib.Path, below: str
-) -> None:
-    (tmp_path / "theirs").mkdir(mode=0o500)
-    if os.access(tmp_path / "theirs", os.W_OK):
-        pytest.skip("root may write anywhere")
-    refused("--logdir", "theirs", logdir=str(tmp_path / "theirs" / below))
+def test_a_user_reads_one_line_and_no_more(place):
+    spoil({"data/train.csv": CSV + "1,2,3,4\n"})
+    before = snapshot()
+    done = command("--model=model", "--dataset=data", "--seq_length=9", cwd=place)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "line 42" in done.stderr and done.stderr.count("\n") == 1
+    assert snapshot() == before
 
 
-@pytest.mark.parametrize("logdir", ["logs", ".", "", "sub/..", "a b;touch x", "-rf"])
-def test_any_name_of_a_logdir_keeps_the_earlier_run(
-    run: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, logdir: str
-) -> None:
-    (tmp_path / "work" / "sub").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "work")
-    earlier_run(pathlib.Path(logdir))
-    earlier = snapshot(pathlib.Path(logdir, "imdb"))
-    assert (run(logdir=logdir, epochs=1) / "results.json").exists()
+@pytest.mark.parametrize("logdir", ["new/logs", ".", "a b;touch executed", "-rf"])
+def test_any_logdir_keeps_what_lay_there_all_of_it(run, tmp_path, logdir):
+    (tmp_path / "work").mkdir()
+    os.chdir(tmp_path / "work")
+    theirs = pathlib.Path(logdir, "imdb")
+    spoil({"version_0/results.json": "{}", "thesis.txt": "", ".git/HEAD": "a"}, theirs)
+    earlier = snapshot(theirs)
+    assert results(run(logdir=logdir, epochs=1))
     kept = pathlib.Path(f"{os.path.abspath(logdir)}.old").glob("*")
     assert [snapshot(path) for path in kept] == [earlier]
+    assert [path.name for path in pathlib.Path(logdir).iterdir()] == ["imdb"]  # no lock
+
+
+def test_debug_removes_its_own_earlier_run_alone(run):
+    spoil({"logs/debug/version_0/old": "", "logs/debug/mine": "", "logs/imdb": "mine"})
+    assert results(run(debug=True))
+    left = {str(path) for path in pathlib.Path().glob("logs*/*")}
+    assert left == {"logs/debug", "logs/imdb"}
+    left = {path.name for path in pathlib.Path("logs/debug").rglob("*")}
+    assert "mine" in left and "old" not in left
+
+
+@pytest.mark.parametrize("link", ["imdb", "imdb/version_0", "debug", "debug/version_0"])
+def test_a_link_is_moved_and_not_followed(run, place, link):
+    shutil.move("logs", "target")
+    target = place / "target" / "imdb" / link.partition("/")[2]
+    path = place / "logs" / link
+    path.parent.mkdir(parents=True)
+    path.symlink_to(target)
+    before = snapshot(place / "target")
+    debug = link.startswith("debug")
+    assert results(run(debug=debug, epochs=1)) and not path.is_symlink()
+    assert snapshot(place / "target") == before
+    kept = [p for p in (place / "logs.old").rglob("*") if p.is_symlink()]
+    assert [p.readlink() for p in kept] == [target] * (not debug)
+
+
+# One run at a time.
+
+
+@pytest.mark.parametrize("values", [{}, {"resume": True}, {"debug": True}])
+def test_a_second_run_in_a_folder_is_refused(refused, values):
+    spoil({RESULTS: None})
+    name = "debug" if "debug" in values else "imdb"
+    with main.only_run(pathlib.Path("logs", name)):
+        words = ["--logdir=", f"process {os.getpid()} ", f"logs/{name}"]
+        refused(Case(words), **values)
+    assert not pathlib.Path("logs", f"{name}.lock").exists()
+
+
+def test_a_lock_dies_with_its_process_and_binds_one_folder_alone(run):
+    dying = (
+        "import main, os, pathlib\n"
+        "with main.only_run(pathlib.Path('logs/imdb')): os.kill(os.getpid(), 9)"
+    )
+    path = os.environ | {"PYTHONPATH": str(MAIN.parent)}
+    done = subprocess.run([sys.executable, "-c", dying], env=path)
+    assert done.returncode == -signal.SIGKILL
+    assert pathlib.Path("logs/imdb.lock").exists()
+    with main.only_run(pathlib.Path("logs/debug")):
+        assert results(run(epochs=1))
+    assert [path.name for path in pathlib.Path("logs").iterdir()] == ["imdb"]
 
 
 # The model.
 
 
-def edit(name: str, **values: Any) -> Callable[[pathlib.Path], None]:
-    """Returns what changes entries of a json file."""
-
-    def change(folder: pathlib.Path) -> None:
-        settings = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps(settings | values))
-
-    return change
+def drop(part: str) -> Callable[[bytes], bytes]:
+    return weigh(lambda weights: {k: v for k, v in weights.items() if part not in k})
 
 
-def drop(*patterns: str) -> Callable[[pathlib.Path], None]:
-    def remove(folder: pathlib.Path) -> None:
-        for pattern in patterns:
-            for path in folder.glob(pattern):
-                path.unlink()
-
-    return remove
+def spoil_one(weights: dict) -> dict:
+    name = next(name for name in weights if name.endswith("embeddings.LayerNorm.bias"))
+    weights[name][3] = float("nan")
+    return weights
 
 
-def put(name: str, content: str | bytes) -> Callable[[pathlib.Path], None]:
-    return lambda folder: void(write(folder, {name: content}))
-
-
-def void(_: Any) -> None: ...
-
-
-def cut(keep: float) -> Callable[[pathlib.Path], None]:
-    def truncate(folder: pathlib.Path) -> None:
-        path = folder / "model.safetensors"
-        path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
-
-    return truncate
-
-
-def larger_tokenizer(folder: pathlib.Path) -> None:
-    size = json.loads((folder / "config.json").read_text())["vocab_size"]
-    drop("tokenizer*", "vocab*", "special*")(folder)
+def as_words(size: int) -> Callable[[bytes], str]:
+    """Returns what makes a tokenizer know this many numbers."""
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(size))]
-    transformers.BertTokenizer({p: i for i, p in enumerate(pieces)}).save_pretrained(
-        folder
-    )
+    tokenizer = transformers.BertTokenizer({p: i for i, p in enumerate(pieces)})
+    return lambda whole: tokenizer.backend_tokenizer.to_str()
 
 
-def without_weights_of_a_layer(folder: pathlib.Path) -> None:
-    path = folder / "model.safetensors"
-    weights = safetensors.torch.load_file(path)
-    kept = {k: v for k, v in weights.items() if "layer.1." not in k}
-    assert len(kept) < len(weights)
-    safetensors.torch.save_file(kept, path, {"format": "pt"})
-
-
-def as_pickle(folder: pathlib.Path) -> None:
-    weights = safetensors.torch.load_file(folder / "model.safetensors")
-    torch.save(weights, folder / "pytorch_model.bin")
-    drop("model.safetensors")(folder)
-
-
+C, W, T = "model/config.json", "model/model.safetensors", "model/tokenizer*"
+OF_A_PART = '{"weight_map": {"a": "b.bin"}, "metadata": {}}'
+EVIL = pickle.dumps(Evil())
 MODELS = {
-    "an empty folder": (drop("*"), ["config.json"]),
-    "no config": (drop("config.json"), ["config.json"]),
-    "broken config": (put("config.json", "{"), ["config.json"]),
-    "roberta": (edit("config.json", model_type="roberta"), ["BERT", "roberta"]),
-    "distilbert": (
-        edit("config.json", model_type="distilbert"),
-        ["BERT", "distilbert"],
-    ),
-    "no weights": (drop("model.safetensors"), ["model.safetensors"]),
-    "half of the weights": (cut(0.5), ["safetensors"]),
-    "all but the last of the weights": (cut(0.999), ["safetensors"]),
-    "no byte of the weights": (cut(0), ["safetensors"]),
-    "text as weights": (put("model.safetensors", "not found" * 99), ["safetensors"]),
-    "a pickle of weights": (as_pickle, ["safetensors"]),
-    "weights of fewer layers": (without_weights_of_a_layer, ["layer.1."]),
-    "config of other layers": (edit("config.json", num_hidden_layers=3), ["layer.2."]),
-    "config of another width": (
-        edit("config.json", hidden_size=48, intermediate_size=96),
-        ["weights"],
-    ),
-    "no tokenizer": (drop("tokenizer*", "vocab*", "special*"), ["tokenizer"]),
-    "broken tokenizer": (put("tokenizer.json", '{"version": '), ["tokenizer"]),
-    "a tokenizer larger than the embedding": (larger_tokenizer, ["embedding"]),
-}
+    "no config": Case(["config.json"], {C: None}),
+    "a broken config": Case(["config.json"], {C: "{"}),
+    "roberta": Case(["BERT", "roberta"], {C: edit(model_type="roberta")}),
+    "a decoder": Case(["encoder", "decoder"], {C: edit(is_decoder=True)}),
+    "relative positions": Case(
+        ["absolute", "relative"], {C: edit(position_embedding_type="relative_key")}),
+    "another padding": Case(["3 as pad_token_id", "is 0"], {C: edit(pad_token_id=3)}),
+    "no padding": Case(["None as pad_token_id"], {C: edit(pad_token_id=None)}),
+    "another padding of the tokenizer": Case(
+        ["0 as pad_token_id", "is 3"],
+        {"model/tokenizer_config.json": edit(pad_token="[SEP]")}),
+    "no weights": Case(["model.safetensors"], {W: None}),
+    "all but the last of the weights": Case(["safetensors"], {W: lambda all: all[:-9]}),
+    "text as weights": Case(["safetensors"], {W: "not found" * 99}),
+    "weights of fewer layers": Case(["16 weights", "layer.1."], {W: drop("layer.1.")}),
+    "config of other layers": Case(["layer.2."], {C: edit(num_hidden_layers=3)}),
+    "weights that are no numbers": Case(
+        ["NaN", "embeddings.LayerNorm.bias"], {W: weigh(spoil_one)}),
+    "no tokenizer": Case(
+        ["tokenizer"], {T: None, "model/vocab*": None, "model/special*": None}),
+    "a broken tokenizer": Case(["tokenizer"], {"model/tokenizer.json": '{"version": '}),
+    "a tokenizer larger than the embedding": Case(
+        ["95 word-pieces", "embeddings"], {"model/tokenizer.json": as_words(90)}),
+    "a pickle of weights": Case(
+        ["safetensors"], {W: None, "model/pytorch_model.bin": EVIL}),
+    "a pickle named safetensors": Case(["safetensors"], {W: EVIL}),
+    "a pickle as a part of safetensors": Case(["safetensors"], {
+        W: None, f"{W}.index.json": OF_A_PART, "model/b.bin": EVIL}),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("case", MODELS)
-def test_a_model_is_refused(
-    refused: Refused, tmp_path: pathlib.Path, bert: str, case: str
-) -> None:
-    spoil, words = MODELS[case]
-    model = shutil.copytree(bert, tmp_path / "model")
-    spoil(model)
-    refused("--model", *words, model=str(model))
+@each(MODELS)
+def test_a_model_is_refused(refused, case):
+    refused(Case(["--model=model", *case.words], case.files), model="model")
 
 
-@pytest.mark.parametrize("name", ["", "nowhere", "/nowhere/bert", "./a/b", "a/b/c"])
+@pytest.mark.parametrize("name", ["imdb", "debug"])
 @pytest.mark.parametrize("flag", ["model", "dataset"])
-def test_no_such_folder_is_refused(refused: Refused, flag: str, name: str) -> None:
-    refused(f"--{flag}={name}", "no such folder", **{flag: name})
+def test_what_lies_in_the_run_that_is_to_go_is_refused(refused, flag, name):
+    folder = f"logs/{name}/version_0/of_{flag}"
+    shutil.copytree({"model": "model", "dataset": "data"}[flag], folder)
+    values = {flag: folder, "debug": name == "debug", "percent": 100}
+    refused(Case([f"--{flag}={folder}"]), **values)
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Puts another Hub in place of the real one: shut, silent or without the name."""
+def test_a_classifier_of_other_classes_starts_anew_and_says_so(trained, capsys):
+    model = str(trained / "model")
+    earlier = safetensors.torch.load_file(trained / "model" / "model.safetensors")
+    same = main.load_bert(model, ["neg", "pos"], False)
+    assert same.classifier.weight.equal(earlier["classifier.weight"])
+    assert not capsys.readouterr().out
+    for names in (["pos", "neg"], ["bad", "good"], ["neg", "pos", "so-so"]):
+        other = main.load_bert(model, names, False)
+        assert capsys.readouterr().out.count("\n") == 1
+        for row in other.classifier.weight:
+            assert not row.eq(earlier["classifier.weight"]).any()
+        assert [*other.config.id2label.values()] == names
+        pooler = other.bert.pooler.dense.weight
+        assert pooler.equal(earlier["bert.pooler.dense.weight"])
+
+
+def test_code_that_a_model_names_is_never_run(run, place):
+    tasks = ("Config", "Model", "ModelForSequenceClassification", "Tokenizer")
+    config = edit(
+        auto_map={f"Auto{task}": "evil.Evil" for task in tasks},
+        custom_pipelines={"text-classification": {"impl": "evil.Evil"}},
+        _attn_implementation="evil/kernel",
+    )
+    maps = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    tokenizer = edit(auto_map=maps, tokenizer_class="Evil")
+    modules = dict.fromkeys(["evil.py", "modeling_bert.py", "__init__.py"], MALICE)
+    files = {"config.json": config, "tokenizer_config.json": tokenizer}
+    spoil(modules | files, place / "model")
+    before = snapshot(place / "model")
+    assert results(run(model="model", epochs=1))
+    assert snapshot(place / "model") == before
+
+
+# Names of models and of data.
+
+
+@pytest.mark.parametrize("name", ["", "nowhere", "/nowhere/bert", "a/b/c", "new.csv"])
+@pytest.mark.parametrize("flag", ["model", "dataset"])
+def test_no_such_folder_is_refused(refused, flag, name):
+    hint = "give the folder that holds it" if name == "new.csv" else "no Hub name"
+    refused(Case([f"--{flag}={name}: no such folder", hint], flags={flag: name}))
+
+
+@pytest.mark.parametrize("flag", ["model", "dataset"])
+def test_a_name_that_the_hub_lacks_or_hides_is_refused(refused, monkeypatch, flag):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-
-    class Answer(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *_: Any) -> None: ...
-
-    server = http.server.HTTPServer(("127.0.0.1", 0), Answer)
-    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-    silent, shut = socket.create_server(("127.0.0.1", 0)), socket.socket()
-    shut.bind(("127.0.0.1", 0))  # nobody listens
-    ports = {"no name": server.server_port, "silent": silent.getsockname()[1]}
-    ports["shut"] = shut.getsockname()[1]
-
-    def use(kind: str) -> None:
-        url = f"http://127.0.0.1:{ports[kind]}"
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
-
-    yield use
-    server.shutdown()
-    for each in (server.socket, silent, shut):
-        each.close()
-
-
-@pytest.mark.parametrize(
-    ("flag", "name", "kind"),
-    [
-        ("model", "google-bert/bert-base-uncased", "silent"),
-        ("model", "google-bert/bert-base-uncased", "shut"),
-        ("dataset", "stanfordnlp/imdb", "shut"),
-    ],
-)
-def test_without_network_it_says_so_within_seconds(
-    refused: Refused, hub: Callable[[str], None], flag: str, name: str, kind: str
-) -> None:
-    hub(kind)
-    start = time.monotonic()
-    words = "network", "--dataset", "--model", "HF_HUB_OFFLINE=1"
-    refused(f"--{flag}={name}", *words, **{flag: name})
-    assert time.monotonic() - start < 10
-
-
-@pytest.mark.parametrize("flag", ["model", "dataset"])
-def test_a_name_that_the_hub_lacks_is_refused(
-    refused: Refused, hub: Callable[[str], None], flag: str
-) -> None:
-    hub("no name")
-    line = refused(f"--{flag}=no/body", "Hub", **{flag: "no/body"})
-    assert "network" not in line
-
-
-@pytest.mark.parametrize("flag", ["model", "dataset"])
-def test_a_name_that_is_not_cached_is_refused_offline(
-    refused: Refused, monkeypatch: pytest.MonkeyPatch, flag: str
-) -> None:
+    errors = huggingface_hub.errors
+    lacks = errors.RepositoryNotFoundError("404", response=mock.Mock())
+    advice = ["(timed out)", "--dataset", "--model", "HF_HUB_OFFLINE=1"]
+    answers = {lacks: [f"no such {flag}"], errors.HTTPError("timed\nout"): advice}
+    for answer, words in answers.items():
+        look_up = mock.Mock(side_effect=answer)
+        monkeypatch.setattr(huggingface_hub.HfApi, f"{flag}_info", look_up)
+        refused(Case([f"--{flag}=no/body", *words], flags={flag: "no/body"}))
+        look_up.assert_called_once_with("no/body", timeout=5)  # seconds
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    refused(f"--{flag}=no/body", **{flag: "no/body"})
+    refused(Case([f"--{flag}=no/body"], flags={flag: "no/body"}))
 
 
 # The data. Forty sound rows precede what is broken.
 
-ROWS = [(f"a {('boring', 'fine')[n % 2]} film {n}", n % 2) for n in range(40)]
-CSV = "text,label\n" + "".join(f"{text},{label}\n" for text, label in ROWS)
-JSONL = "".join(json.dumps({"text": t, "label": k}) + "\n" for t, k in ROWS)
+
+def both(content: str | bytes, kind: str = "csv") -> dict[str, Change]:
+    """Returns files that take the place of the sound ones."""
+    files = {f"data/{part}.{kind}": content for part in ("train", "test")}
+    return {"data/*": None} | files
 
 
-def both(content: str | bytes, kind: str = "csv") -> Files:
-    return {f"train.{kind}": content, f"test.{kind}": content}
+def train(more: str) -> dict[str, Change]:
+    return {"data/train.csv": CSV + more}
 
 
-def table(*names: str) -> bytes:
-    """Returns a parquet file of these columns, which may have one name twice."""
-    values: dict[str, list] = {"text": [t for t, _ in ROWS], "label": [1, 0] * 20}
-    columns = [pyarrow.array(values[name]) for name in names]
+def twice(name: str) -> bytes:
+    """Returns a parquet file with two columns of this name."""
+    values = {"text": [text for text, _ in ROWS], "label": [k for _, k in ROWS]}
+    names = ["text", "label", name]
+    table = pyarrow.table([pyarrow.array(values[n]) for n in names], names=names)
     file = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table(columns, names=[*names]), file)
+    pyarrow.parquet.write_table(table, file)
     return file.getvalue()
 
 
-def train_csv(more: str) -> Files:
-    return {"train.csv": CSV + more, "test.csv": CSV}
-
-
-def test_csv(more: str) -> Files:
-    return {"train.csv": CSV, "test.csv": CSV + more}
-
-
-test_csv.__test__ = False  # type: ignore[attr-defined]
-
-DATA: dict[str, tuple[Files, list[str]]] = {
-    "an empty folder": ({}, ["train", "test"]),
-    "no test file": ({"train.csv": CSV}, ["test", "['train']"]),
-    "no train file": ({"test.csv": CSV}, ["train", "['test']"]),
-    "mixed types": ({"train.csv": CSV, "test.jsonl": JSONL}, ["csv", "json"]),
-    "only texts, like aclImdb": (
-        {f"{part}/{k}/{n}.txt": "film" for part in ("train", "test")
-         for k in ("pos", "neg") for n in range(3)},
-        ["label", "['text']"],
-    ),  # fmt: skip
-    "a csv without rows": (both("text,label\n"), []),
-    "a test csv without rows": ({"train.csv": CSV, "test.csv": "text,label\n"}, []),
-    "a csv without a byte": (both(""), []),
-    "a row of four cells": (train_csv("1,2,3,4\n"), ["line 42"]),
-    "an open quote": (train_csv('"a film,1\n'), ["row 41"]),
-    "latin-1": (both(CSV.encode() + "café,1\n".encode("latin-1")), ["utf-8"]),
-    "a broken jsonl": (both(JSONL + '{"text": "', "jsonl"), ["row 40"]),
-    "a broken parquet": (both(b"PAR1 and no more", "parquet"), ["parquet"]),
-    "no text": (both(CSV.replace("text", "review")), ["text", "['review', 'label']"]),
-    "no label": (both(CSV.replace("label", "stars")), ["label", "['text', 'stars']"]),
-    "semicolons": (both(CSV.replace(",", ";")), ["text", "['text;label']"]),
-    "no text in test": ({"train.csv": CSV, "test.csv": CSV.replace("text", "review")},
-                        ["text", "review"]),  # fmt: skip
-    "a second text alone": (
-        both("text.1,label\n" + "a,1\nb,0\n" * 20), ["['text.1', 'label']"]),
-    "two texts": (both("text,text,label\n" + "a,b,1\nc,d,0\n" * 20), ["text"]),
-    "two labels": (both("text,label,label\n" + "a,1,1\nb,0,0\n" * 20), ["label"]),
-    "two texts in parquet": (both(table("text", "text", "label"), "parquet"), ["text"]),
-    "two labels in parquet": (
-        both(table("text", "label", "label"), "parquet"), ["label"]),  # fmt: skip
-    "two texts in jsonl": (
-        both(JSONL.replace('{"text"', '{"text": "a", "text"'), "jsonl"), ["text"]),
-    "texts missing": (train_csv(",1\na film,0\n,0\n"), ["train", "2 of 43", "row 41"]),
-    "a text missing in test": (test_csv("a,1\n,1\n"), ["test", "1 of 42", "row 42"]),
-    "labels missing": (train_csv("a film,\na film,\n"), ["train", "2 of 42", "row 41"]),
-    "null text": (both(JSONL + '{"text": null, "label": 1}\n', "jsonl"),
-                  ["text", "1 of 41", "row 41"]),  # fmt: skip
-    "a label that only test knows": (test_csv("a film,7\n"), ["test", "7"]),
-    "labels of another type in test": (test_csv("a film,seven\n"), ["seven"]),
-    "labels that are broken numbers": (both(CSV + "a film,0.5\n"), ["label", "double"]),
-    "a list among the labels": (
-        both(JSONL + '{"text": "a", "label": [1]}\n', "jsonl"), ["label"]),
-    "labels that are lists": (
-        both('{"text": "a", "label": [1]}\n{"text": "", "label": [0]}\n' * 20, "jsonl"),
-        ["label", "list"],
-    ),
-    "texts that are lists": (
-        both('{"text": ["a"], "label": 1}\n{"text": [], "label": 0}\n' * 20, "jsonl"),
-        ["text", "list"],
-    ),
-    "labels that are yes or no": (
-        both(JSONL.replace(": 0", ": false").replace(": 1", ": true"), "jsonl"),
-        ["label", "bool"],
-    ),
-    "texts that are numbers": (both("text,label\n" + "1,0\n2,1\n" * 20), ["int64"]),
-    "one class": (both(CSV.replace(",0\n", ",1\n")), ["classes", "[1]"]),
-    "two reviews": (both("text,label\na,0\nb,1\n"), ["too few"]),
-    "ten reviews": (both("text,label\n" + "a,0\nb,1\n" * 5), ["too few"]),
-    "a class with one review": (both(CSV + "a film,2\n"), ["too few"]),
+BROKEN_CARD = "---\nconfigs: [\n---\n"
+EVIL_CARD = """---
+configs:
+- config_name: ../../../evil
+  data_files: [{split: train, path: a.csv}, {split: test, path: a.csv}]
+---
+"""
+DATA = {
+    "an empty folder": Case(["train and a test"], {"data/*": None}),
+    "a broken card alone": Case(
+        ["train and a test", "parsing"],
+        {"data/*": None, "data/README.md": BROKEN_CARD}),
+    "a card that leads elsewhere": Case(
+        ["train and a test"],
+        {"data/*": None, "data/a.csv": CSV, "data/README.md": EVIL_CARD}),
+    "a loading script": Case(
+        ["train and a test", "data.py"],
+        {"data/*": None, "data/data.py": MALICE, "data/__init__.py": MALICE}),
+    "no test file": Case(["['train']"], {"data/test.csv": None}),
+    "no train file": Case(["['test']"], {"data/train.csv": None}),
+    "csv and jsonl": Case(
+        ["one train file", "train.csv and train.jsonl"], {"data/train.jsonl": JSONL}),
+    "only texts, like aclImdb": Case(["label", "['text']"], {"data/*": None} | {
+        f"data/{part}/{kind}/{n}.txt": "film" for part in ("train", "test")
+        for kind in ("pos", "neg") for n in range(3)}),
+    "a csv without rows": Case(["no data"], both("text,label\n")),
+    "a csv without a byte": Case(["data/test.csv"], both("")),
+    "a jsonl without a byte": Case(["data/test.jsonl"], both("", "jsonl")),
+    "a row of four cells": Case(["line 42"], train("1,2,3,4\n")),
+    "an open quote": Case(["row 41"], train('"a film,1\n')),
+    "latin-1": Case(["utf-8"], both(CSV.encode() + "café,1\n".encode("latin-1"))),
+    "a broken jsonl": Case(["row 40"], both(JSONL + '{"text": "', "jsonl")),
+    "a broken parquet": Case(["test.parquet"], both(b"PAR1 and so on", "parquet")),
+    "no text": Case(["text", "['review', 'label']"],
+                    both(CSV.replace("text", "review"))),
+    "no label in test": Case(["test: ", "['text', 'stars']"],
+                             {"data/test.csv": CSV.replace("label", "stars")}),
+    "semicolons": Case(["['text;label']"], both(CSV.replace(",", ";"))),
+    "a second text alone": Case(["['text.1', 'label']"],
+                                both("text.1,label\n" + "a,1\nb,0\n" * 20)),
+    "two texts": Case(["one column text"],
+                      both("text,text,label\n" + "a,b,1\nc,d,0\n" * 20)),
+    "two labels": Case(["one column label"],
+                       both("text,label,label\n" + "a,1,1\nb,0,0\n" * 20)),
+    "two texts in parquet": Case(["text"], both(twice("text"), "parquet")),
+    "two labels in parquet": Case(["label"], both(twice("label"), "parquet")),
+    "texts missing": Case(["train: ", "2 of 43", "NA"], train(",1\na film,0\n,0\n")),
+    "a text missing in test": Case(["test: ", "text in every row", "1 of 42"],
+                                   {"data/test.csv": CSV + "a,1\n,1\n"}),
+    "labels missing": Case(["label in every row", "2 of 42"], train("a,\nb,\n")),
+    "null text": Case(["text in every row", "1 of 41"],
+                      both(JSONL + '{"text": null, "label": 1}\n', "jsonl")),
+    "a label that only test knows": Case(
+        ["test has ['7']", "['0', '1']"], {"data/test.csv": CSV + "a film,7\n"}),
+    "names in test, numbers in train": Case(
+        ["test has ['neg', 'pos']", "['0', '1']"],
+        {"data/test.csv": CSV.replace(",0\n", ",neg\n").replace(",1\n", ",pos\n")}),
+    "labels that are broken numbers": Case(["label", "double"], train("a film,0.5\n")),
+    "labels that are lists": Case(["label", "list"], both(
+        '{"text": "a", "label": [1]}\n{"text": "", "label": [0]}\n' * 20, "jsonl")),
+    "texts that are lists": Case(["text", "list"], both(
+        '{"text": ["a"], "label": 1}\n{"text": [], "label": 0}\n' * 20, "jsonl")),
+    "labels that are yes or no": Case(["label", "bool"], both(
+        JSONL.replace(": 0", ": false").replace(": 1", ": true"), "jsonl")),
+    "texts that are numbers": Case(["text", "int64"],
+                                   both("text,label\n" + "1,0\n2,1\n" * 20)),
+    "ten reviews": Case(["too few", "1 of 10"], both(
+        "text,label\n" + "a,0\nb,1\n" * 5)),
+    "a class with one review": Case(["too few"], both(CSV + "a film,2\n")),
+    "a pattern": Case(["--dataset=[ab]: ", "without *"], {
+        "a/b/train.csv": CSV, "a/b/test.csv": CSV, "[ab]/b/train.csv": CSV},
+        {"dataset": "[ab]"}),
+    "a small share": Case(["too few", "0 of 40"], {}, {"percent": 1}),
+    "one class": Case(["two classes", "['1']"], both(CSV.replace(",0\n", ",1\n"))),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", DATA)
-def test_data_are_refused(refused: Refused, tmp_path: pathlib.Path, case: str) -> None:
-    files, words = DATA[case]
-    dataset = write(tmp_path / "data", files)
-    line = refused(*words, dataset=dataset, percent=100)
-    assert "--dataset" in line or "too few" in words
+@each(DATA)
+def test_data_are_refused(refused, case):
+    prefix = "too few" if "too few" in case.words else "--dataset="
+    case = dataclasses.replace(case, words=[f"main.py: {prefix}", *case.words])
+    refused(case, **{"dataset": "data", "percent": 100} | case.flags)
 
 
-def test_a_file_for_a_folder_is_refused(
-    refused: Refused, tmp_path: pathlib.Path
-) -> None:
-    write(tmp_path, {"one.csv": CSV})
-    refused("--dataset=one.csv", "folder", dataset="one.csv")
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_labels_of_minus_one_are_refused(refused, part):
+    labels = {"train": [0, 1] * 20, "test": [0, 1] * 20}
+    labels[part] = [*[0, 1] * 19, -1, -1]
+    columns = {p: {"text": ["a"] * 40, "label": labels[p]} for p in labels}
+    write_reviews(pathlib.Path("parquet"), "parquet", **columns, names=["neg", "pos"])
+    refused(Case([f"{part}: ", "-1"]), dataset="parquet", percent=100)
 
 
-def test_too_small_a_share_is_refused(refused: Refused, tmp_path: pathlib.Path) -> None:
-    dataset = write(tmp_path / "data", both(CSV))
-    refused("too few", "40", dataset=dataset, percent=1)
+def labels_of(reviews: Any) -> list[str]:
+    return reviews.features["label"].int2str(reviews["label"][:])
 
 
-def test_labels_of_minus_one_are_refused(
-    refused: Refused, tmp_path: pathlib.Path
-) -> None:
-    texts, labels = [text for text, _ in ROWS], [*[0, 1] * 19, -1, -1]
-    columns = {"text": texts, "label": labels}
-    names = ["neg", "pos"]
-    sound = {"text": texts, "label": [0, 1] * 20}
-    dataset = write_reviews(tmp_path / "a", "parquet", columns, sound, names)
-    refused("--dataset", "train", "-1", dataset=dataset, percent=100)
-    dataset = write_reviews(tmp_path / "b", "parquet", sound, columns, names)
-    refused("--dataset", "test", "-1", dataset=dataset, percent=100)
+@pytest.mark.parametrize("test", ["neg pos", "pos neg", "neg", "csv"])
+@pytest.mark.parametrize("train", ["neg pos", "pos neg", "so-so pos neg", "csv"])
+def test_labels_of_test_are_matched_by_name(tmp_path, train, test):
+    """A parquet's numbers have names in that order; a csv has the names themselves."""
+    for part, names in (("train", train.split()), ("test", test.split())):
+        columns = {"text": [], "label": []}
+        for number, name in enumerate(["neg", "pos"] if names == ["csv"] else names):
+            columns["text"].append(f"called {name}")
+            columns["label"].append(name if names == ["csv"] else number)
+        files = {"train": None, "test": None, part: columns}
+        kind = ("csv", None) if names == ["csv"] else ("parquet", names)
+        write_reviews(tmp_path, kind[0], files["train"], files["test"], kind[1])
+    splits = main.load_splits(str(tmp_path))
+    expected = ["neg", "pos"] if train == "csv" else train.split()
+    for split in splits.values():
+        assert split.features["label"].names == expected
+        assert [f"called {name}" for name in labels_of(split)] == split["text"][:]
 
 
-# What is odd, and sound all the same.
+SOUND = {
+    "neighbours do not join in": {
+        "data/train_old.csv": "text,label\nold,1\n", "data/train.csv.bak": CSV,
+        "data/old/train.csv": CSV, "data/eval.csv": "text,label\neval,0\n",
+        "data/my test notes.csv": "x,y\n1,2\n", "data/test/0.csv": CSV},
+    "one csv and one jsonl": {"data/test.csv": None, "data/test.jsonl": JSONL},
+    "tabs": both(CSV.replace(",", "\t"), "tsv"),
+    "capitals in the ending": both(CSV, "CSV"),
+    "a byte order mark": both("\ufeff" + CSV),
+    "a card without yaml": {"data/README.md": "# Reviews\n"},
+    "a card with broken yaml": {"data/README.md": BROKEN_CARD},
+    "a card that names other files": {"data/a.csv": CSV, "data/README.md": EVIL_CARD},
+    "the Hub's layout": both(CSV) | {
+        "data/*": None, "data/data/train-0-of-1.csv": CSV, "data/data/test-0.csv": CSV},
+}  # fmt: skip
 
-ODD = [
-    "",
-    "   \t ",
-    "a fine\0film",
-    "a fine 🎬 film ❤️",
-    "[PAD] [SEP] [CLS] [MASK] [UNK]",
-    "ﷺ\u200b\u202e",
-]
-LONG = {"train": "x" * 10**6, "test": "a fine film " * 10**5}
+
+@each(SOUND)
+@pytest.mark.parametrize("dataset", ["data", "."])
+def test_train_and_test_are_read_and_nothing_else(place, case, dataset):
+    spoil(case)
+    os.chdir(place / "data" if dataset == "." else place)
+    splits = main.load_splits(dataset)
+    assert [*splits] == ["train", "test"]
+    for split in splits.values():
+        assert split["text"][:] == [text for text, _ in ROWS]
+        assert labels_of(split) == [str(label) for _, label in ROWS]
+
+
+def test_brackets_in_a_path_are_no_pattern():
+    other = CSV.replace("film", "book")
+    spoil({f"set1/{part}.csv": other for part in ("train", "test")})
+    spoil({f"set[1]/{part}.csv": CSV for part in ("train", "test")})
+    spoil({"reviews1.txt": "the other\n", "reviews[1].txt": "this one\n"})
+    assert main.load_splits("set[1]")["train"]["text"][0] == ROWS[0][0]
+    assert main.read_texts("reviews[1].txt")["text"][:] == ["this one"]
+
+
+def test_a_file_replaced_under_its_time_and_size_is_read_anew():
+    for word in ("film", "book"):
+        content = CSV.replace("film", word)
+        names = ("data/train.csv", "data/test.csv", "data/new.csv")
+        spoil(dict.fromkeys(names, content))
+        for name in names:
+            os.utime(name, (10**9, 10**9))
+        read = [*main.load_splits("data").values(), main.read_texts("data/new.csv")]
+        assert [reviews["text"][0] for reviews in read] == [f"a boring {word} 0"] * 3
+
+
+ODD = ["", " \t ", "a fine\0film", "a 🎬 film ❤️", "[PAD] [SEP] [UNK]", "ﷺ\u200b\u202e"]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])
-def test_odd_reviews_are_kept(run: Run, tmp_path: pathlib.Path, kind: str) -> None:
+def test_odd_reviews_are_kept(run, tmp_path, kind):
     odd = [text for text in ODD if kind != "csv" or text]  # there "" is a missing text
-    columns: dict[str, dict[str, list]] = {}
-    for part, long in LONG.items():
-        texts = [text for text, _ in ROWS] + odd
-        texts += [long] if kind == "parquet" else ["long"]  # once, as it takes seconds
-        labels = [number % 2 for number in range(len(texts))]
-        columns[part] = {"text": texts, "label": labels}
-    dataset = write_reviews(tmp_path / "data", kind, **columns)
-    folder = run(dataset=dataset, percent=100, epochs=1)
-    results = json.loads((folder / "results.json").read_text())
-    kept = {part: sum(n.values()) for part, n in results["samples"].items()}
-    assert kept["test"] == kept["train"] + kept["val"] == len(ROWS) + len(odd) + 1
-    assert 0 <= results["metrics"]["test_acc"] <= 1
+    texts = [text for text, _ in ROWS] + odd + ["x" * 10**5, "a fine film " * 10**4]
+    columns = {"text": texts, "label": [n % 2 for n in range(len(texts))]}
+    dataset = write_reviews(tmp_path / "data", kind, columns, columns)
+    assert main.load_splits(dataset)["test"]["text"][:] == texts
+    found = results(run(dataset=dataset, percent=100))
+    kept = {part: sum(n.values()) for part, n in found["samples"].items()}
+    assert kept["test"] == kept["train"] + kept["val"] == len(texts)
+    assert sum(map(sum, found["confusion"])) == len(texts)
 
 
-def test_a_byte_order_mark_is_no_part_of_a_name(
-    run: Run, tmp_path: pathlib.Path
-) -> None:
-    dataset = write(tmp_path / "data", both("\ufeff" + CSV))
-    assert (run(dataset=dataset, percent=100) / "results.json").exists()
+# What an honest result says.
 
 
-def predictions(
-    run: Run, capsys: pytest.CaptureFixture[str], file: pathlib.Path
-) -> list[str]:
-    capsys.readouterr()
-    run(predict=str(file))
-    return capsys.readouterr().out.splitlines()[1:]
+def test_a_run_tells_leaks_baseline_and_blanks(run, tmp_path, capsys):
+    train = {"text": [text for text, _ in ROWS], "label": ["neg", " pos"] * 20}
+    known = [ROWS[1][0], ROWS[4][0], ROWS[4][0]]
+    texts = [*known, ROWS[5][0].upper(), *map(str, range(9, 18))]
+    test = {"text": texts, "label": ["pos"] * 3 + ["neg "] * 10}
+    dataset = write_reviews(tmp_path / "data", "jsonl", train, test)
+    found = results(run(dataset=dataset, percent=100))
+    assert found["samples"]["test"] == {"neg": 10, "pos": 3}
+    assert found["leaks"] == 3
+    assert found["baseline"] == {"label": "neg", "test_acc": pytest.approx(10 / 13)}
+    data, _, end = capsys.readouterr().out.partition("Training")
+    blanks = "labels that differ by blanks around them are one class"
+    assert data.count(blanks) == 1 and blanks not in end
+    assert " 3 of test stand in train word for word" in data
+    assert " 3 of them stand in train word for word" in end
+    assert "always neg: 76.92 %" in end
 
 
-def test_special_tokens_in_a_review_are_plain_text(
-    run: Run,
-    trained: pathlib.Path,
-    tmp_path: pathlib.Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    shutil.copytree(trained.parent, tmp_path / "logs" / "imdb")
-    file = tmp_path / "reviews.txt"
-    lines = [f"a {a}sep{b} fine {a}pad{b} film {a}cls{b} {a}mask{b}" for a, b in
-             ("[]", "()")]  # fmt: skip
-    lines += [lines[0].upper(), "a fine film"]
-    file.write_text("\n".join(lines))
-    brackets, parentheses, capitals, plain = predictions(run, capsys, file)
-    assert brackets == parentheses == capitals != plain
+def test_many_classes_print_little(run, tmp_path, capsys):
+    labels = [f"class {n:02}" for n in range(main.SHOWN + 1)] * 10
+    columns = {"text": [f"a film {n}" for n in range(len(labels))], "label": labels}
+    dataset = write_reviews(tmp_path / "data", "jsonl", columns, columns)
+    found = results(run(dataset=dataset, percent=100))
+    assert found["confusion"] is None and len(found["samples"]["test"]) == 21
+    out = capsys.readouterr().out
+    assert "class 19 " in out and ", …" in out
+    assert "class 20" not in out and "taken for" not in out
 
 
-# Resuming.
+def test_class_names_lead_nowhere_and_fit_an_ascii_terminal(run, place, monkeypatch):
+    """They become tags, tables, a card and lines."""
+    names = ["../../../evil", "/evil\n---\nevil: 1", "🎬"]
+    columns = {"text": [text for text, _ in ROWS[:39]], "label": names * 13}
+    dataset = write_reviews(place / "names", "jsonl", columns, columns)
+    before = snapshot()
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    folder = run(dataset=dataset, percent=100)
+    assert [*results(folder)["samples"]["test"]] == names
+    run(predict="new.csv", model=str(folder / "model"))
+    terminal.flush()
+    said, _, predicted = terminal.buffer.getvalue().partition(b"\nlabel,")
+    assert rb"always" in said and rb"\U0001f3ac" in said and rb"\U0001f3ac" in predicted
+    new = {name for name in snapshot().keys() - before.keys() if name[:4] != "logs"}
+    assert not new and snapshot(place / "names") == snapshot(place / "names")
 
 
-@pytest.fixture
-def interrupted(trained: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-    """The folder of a run that looks as if it had been killed before its results."""
-    folder = shutil.copytree(trained.parent, tmp_path / "logs" / "imdb") / "version_0"
-    (folder / "results.json").unlink()
-    return folder
+# Resuming. `run` gives the flags of the run that is here interrupted.
 
-
-def test_there_is_nothing_to_resume(refused: Refused, tmp_path: pathlib.Path) -> None:
-    (tmp_path / "logs").mkdir()
-    refused("--resume", "nothing", resume=True)
-
-
-def test_a_finished_run_is_not_resumed(
-    refused: Refused, trained: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
-    shutil.copytree(trained.parent, tmp_path / "logs" / "imdb")
-    refused("--resume", "finished", resume=True)
-
-
-def test_a_run_killed_before_its_first_checkpoint_is_not_resumed(
-    refused: Refused, interrupted: pathlib.Path
-) -> None:
-    (interrupted / "checkpoints" / "last.ckpt").unlink()
-    refused("--resume", "last.ckpt", resume=True)
-
-
-def saved(value: Any) -> bytes:
-    file = io.BytesIO()
-    torch.save(value, file)
-    return file.getvalue()
-
-
-def changed(whole: bytes, **values: Any) -> bytes:
-    checkpoint = torch.load(io.BytesIO(whole), weights_only=True)
-    return saved(checkpoint | values)
-
-
-BROKEN: dict[str, Callable[[bytes], bytes]] = {
-    "empty": lambda whole: b"",
-    "half": lambda whole: whole[: len(whole) // 2],
-    "all but a byte": lambda whole: whole[:-1],
-    "text": lambda whole: b"not found\n",
-    "a tensor": lambda whole: saved(torch.ones(3)),
-    "a list": lambda whole: saved([1, 2]),
-    "weights alone": lambda whole: saved({"bert.weight": torch.ones(3)}),
-    "no settings": lambda whole: changed(whole, hyper_parameters=None),
-    "without the state of an optimiser": lambda whole: saved(
-        {
-            name: torch.load(io.BytesIO(whole), weights_only=True)[name]
-            for name in ("hyper_parameters", "global_step", "state_dict")
-        }
-    ),
-    "of another program": lambda whole: saved(
-        {"state_dict": {}, "hyper_parameters": {"lr": 0.1}, "global_step": 3}
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_or_foreign_checkpoint_is_refused(
-    refused: Refused, interrupted: pathlib.Path, case: str
-) -> None:
-    last = interrupted / "checkpoints" / "last.ckpt"
-    last.write_bytes(BROKEN[case](last.read_bytes()))
-    refused("--resume", resume=True)
-
-
-OTHER = {
-    "percent": 60, "seq_length": 20, "truncation": "tail", "epochs": 5,
-    "batch_size": 9, "optimizer": "sgd", "lr": 0.003, "momentum": 0.7,
-    "weight_decay": 0.06, "warmup": 0.35, "seed": 4, "precision": "bf16-mixed",
-    "model": "bert", "dataset": "data",
+OF_OTHERS = {"state_dict": {}, "hyper_parameters": {"lr": 0.1}, "global_step": 3}
+RESUME = {
+    "nothing": Case(["nothing", "last.ckpt"], {"logs/imdb/version_0/**/*.*": None}),
+    "no checkpoint": Case(["nothing", "last.ckpt"], {LAST: None}),
+    "no best": Case(["no best.ckpt"], {BEST: None}),
+    "empty": Case(["no whole checkpoint"], {LAST: ""}),
+    "all but a byte": Case(["no whole checkpoint"], {LAST: lambda whole: whole[:-1]}),
+    "text": Case(["no whole checkpoint"], {LAST: "not found\n"}),
+    "a tensor": Case(["no whole checkpoint"], {LAST: saved(torch.ones(3))}),
+    "weights alone": Case(["no whole checkpoint"], {LAST: saved({"w": torch.ones(3)})}),
+    "no settings": Case(["no whole"], {LAST: store(hyper_parameters=None)}),
+    "no optimiser": Case(["no whole"], {LAST: store(optimizer_states=None)}),
+    "no fingerprint": Case(["no whole"], {LAST: store(fingerprint=None)}),
+    "of another program": Case(["no whole checkpoint"], {LAST: saved(OF_OTHERS)}),
+    "a pickle": Case(["no whole checkpoint"], {LAST: pickle.dumps(Evil())}),
+    "a pickle among the callbacks": Case(["no whole"], {LAST: store(callbacks=Evil())}),
+    "another rate": Case(["--lr=0.004", "0.003"], flags={"lr": 0.003}),
+    "another precision": Case(
+        ["--precision=32-true", "bf16-mixed"], flags={"precision": "bf16-mixed"}),
+    "another model": Case(["--model=", "bert", "not model"], flags={"model": "model"}),
+    "other data": Case(["--dataset=", "not data"], flags={"dataset": "data"}),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("flag", OTHER)
-def test_another_run_is_not_resumed(
-    refused: Refused,
-    interrupted: pathlib.Path,
-    tmp_path: pathlib.Path,
-    bert: str,
-    flag: str,
-) -> None:
-    shutil.copytree(bert, tmp_path / "bert")
-    write(tmp_path / "data", both(CSV))
-    last = interrupted / "checkpoints" / "last.ckpt"
-    settings = torch.load(last, weights_only=True)["hyper_parameters"]
-    both_values = str(settings[flag]), str(OTHER[flag])
-    assert settings[flag] != OTHER[flag]
-    refused(f"--{flag}", *both_values, resume=True, **{flag: OTHER[flag]})
+@each(RESUME)
+def test_another_or_broken_run_is_not_resumed(refused, case):
+    spoil({RESULTS: None})
+    refused(Case(["--resume: ", *case.words], case.files, case.flags), resume=True)
+
+
+def test_a_finished_run_is_not_resumed(refused):
+    refused(Case(["--resume: ", "finished"]), resume=True)
+
+
+def test_a_pickle_in_the_best_checkpoint_runs_no_code(run, place):
+    """It is read once training, which is done, has gone on."""
+    spoil({RESULTS: None, BEST: store(callbacks=Evil())})
+    with pytest.raises(
+        (SystemExit, pickle.UnpicklingError), match="Weights only load failed"
+    ):
+        run(resume=True)
+
+
+def test_checkpoints_are_read_as_weights_alone(run, place, monkeypatch):
+    spoil({RESULTS: None})
+    load = mock.Mock(side_effect=torch.load)
+    monkeypatch.setattr(torch, "load", load)
+    run(resume=True)
+    names = [call.args[0] for call in load.call_args_list]
+    assert {"last.ckpt", "best.ckpt"} <= {os.path.basename(str(n)) for n in names}
+    assert load.call_count == 4  # to check, to fit, to test, and to finish
+    assert all(call.kwargs["weights_only"] for call in load.call_args_list)
 
 
 # While running.
 
 
-def test_a_loss_that_is_not_a_number_names_the_step(
-    run: Run, bert: str, tmp_path: pathlib.Path, stderr: pytest.CaptureFixture[str]
-) -> None:
-    model = shutil.copytree(bert, tmp_path / "model")
-    weights = safetensors.torch.load_file(model / "model.safetensors")
-    name = next(name for name in weights if name.endswith("embeddings.LayerNorm.bias"))
-    weights[name][:] = float("nan")
-    safetensors.torch.save_file(weights, model / "model.safetensors", {"format": "pt"})
-    with pytest.raises(SystemExit, match=r"step 1 .*nan.*--lr"):
-        run(model=str(model))
-
-
 def spoil_loss(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[int], float]) -> None:
-    calls, cross_entropy = [], main.F.cross_entropy
-
-    def spoilt(*arguments: Any, **options: Any) -> torch.Tensor:
-        calls.append(1)
-        return cross_entropy(*arguments, **options) * spoil(len(calls))
-
+    calls = itertools.count(1)
+    cross_entropy = main.F.cross_entropy
+    spoilt = lambda *args: cross_entropy(*args) * spoil(next(calls))  # noqa: E731
     monkeypatch.setattr(main.F, "cross_entropy", spoilt)
 
 
-def test_an_infinite_loss_names_the_step(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    ("every", "line"), [(1, "inf at step 3"), (5, "nan at step 5")]
+)
+def test_a_loss_that_is_no_number_names_the_step(run, monkeypatch, every, line):
+    monkeypatch.setattr(main, "LOG_EVERY", every)
     spoil_loss(monkeypatch, lambda call: float("inf") if call == 3 else 1.0)
-    with pytest.raises(SystemExit, match=r"step 3 .*inf.*--lr"):
+    with pytest.raises(SystemExit, match=f"the loss is {line}: .*--lr"):
         run()
 
 
-def test_a_full_gpu_names_the_flags_that_help(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_gpu_names_the_flags_that_help(run, monkeypatch):
     def full(call: int) -> float:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
@@ -787,211 +772,116 @@ def test_a_full_gpu_names_the_flags_that_help(
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="it is Linux's")
-def test_a_full_disk_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("whole", "how"), [(0, "start again"), (3, "on with --resume")]
+)
+def test_a_full_disk_is_told_with_what_can_be_done(run, monkeypatch, whole, how):
+    """The first checkpoints that are whole are best.ckpt, last.ckpt and best.ckpt."""
     save = torch.save
+    saves = itertools.count()
 
-    def to_full_disk(value: Any, *_: Any, **options: Any) -> None:
+    def to_full_disk(value: Any, file: Any) -> None:
         with open("/dev/full", "wb") as full:
-            save(value, full, **options)
+            save(value, file if next(saves) < whole else full)
 
     monkeypatch.setattr(torch, "save", to_full_disk)
-    with pytest.raises(SystemExit, match=r"space.*--resume"):
+    with pytest.raises(SystemExit, match=f"no space left for .*: .* {how}$"):
         run()
+    assert [path.name for path in pathlib.Path("logs").iterdir()] == ["imdb"]  # no lock
 
 
 # Predicting.
 
-PREDICT: dict[str, tuple[Files, str, list[str]]] = {
-    "no such file": ({}, "new.csv", []),
-    "a folder": ({"new.csv/x": "a film"}, "new.csv", []),
-    "no text": ({"new.csv": "review\na film\n"}, "new.csv", ["text", "review"]),
-    "a broken csv": ({"new.csv": "text\na,b\nc,d,e\n"}, "new.csv", ["line 3"]),
-    "a broken jsonl": ({"new.jsonl": "{"}, "new.jsonl", []),
-    "missing text": ({"new.csv": "text,n\na film,1\n,2\n"}, "new.csv", ["1 of 2"]),
-    "numbers": ({"new.csv": "text\n1\n2\n"}, "new.csv", ["int64"]),
-    "nothing": ({"new.txt": ""}, "new.txt", []),
-    "nothing in a csv": ({"new.csv": ""}, "new.csv", []),
-    "no rows": ({"new.csv": "text\n"}, "new.csv", []),
-    "bytes": ({"new.txt": b"\xff\xfe\x00"}, "new.txt", ["utf-8"]),
-    "no name": ({}, "", []),
+CONFIG = "logs/imdb/version_0/model/config.json"
+MODEL = "logs/imdb/version_0/model/model.safetensors"
+PREDICT = {
+    "no such file": Case(["new.tsv"], flags={"predict": "new.tsv"}),
+    "a folder": Case(["data"], flags={"predict": "data"}),
+    "no name": Case(["--predict=: "], flags={"predict": ""}),
+    "no text": Case(["text", "['review']"], {"new.csv": "review\na film\n"}),
+    "two texts": Case(["one column text"], {"new.csv": "text,text\na film,b\n"}),
+    "a broken csv": Case(["line 3"], {"new.csv": "text\na,b\nc,d,e\n"}),
+    "missing text": Case(["1 of 2"], {"new.csv": "text,n\na film,1\n,2\n"}),
+    "numbers": Case(["int64"], {"new.csv": "text\n1\n2\n"}),
+    "no byte": Case(["new.csv"], {"new.csv": ""}),
+    "no rows": Case(["no data"], {"new.csv": "text\n"}),
+    "no line": Case(["new.txt"], {"new.txt": ""}, {"predict": "new.txt"}),
+    "bytes": Case(["utf-8"], {"new.txt": b"\xff\xfe\x00"}, {"predict": "new.txt"}),
+    "an empty jsonl": Case(["new.jsonl"], {"new.jsonl": ""}, {"predict": "new.jsonl"}),
+    "a broken jsonl": Case(["new.jsonl"], {"new.jsonl": "{"}, {"predict": "new.jsonl"}),
+    "a packed csv": Case([".tsv", "found .gz"], {"new.csv.gz": b"\x1f\x8b"},
+                         {"predict": "new.csv.gz"}),
+    "lists": Case(["text", "list"], {"new.jsonl": '{"text": ["a film", "b"]}\n'},
+                  {"predict": "new.jsonl"}),
+    "dictionaries": Case(["text", "struct"], {"new.jsonl": '{"text": {"a": "b"}}\n'},
+                         {"predict": "new.jsonl"}),
+    "no model": Case(["no model in a/b", "--model"], {}, {"model": "a/b"}),
+    "no classifier": Case(["model", "no trained classifier"], {}, {"model": "model"}),
+    "no weights of the classifier": Case(
+        ["2 weights", "classifier.bias"], {MODEL: drop("classifier")}),
+    "no pooler": Case(["2 weights", "bert.pooler"], {MODEL: drop("pooler")}),
+    "a classifier of fewer classes": Case(
+        ["weights", "classifier"], {CONFIG: edit(id2label={0: "a", 1: "b", 2: "c"})}),
+    "a classifier that is no number": Case(["NaN"], {MODEL: weigh(spoil_one)}),
+    "too long for the model": Case(["--seq_length=65"], {CONFIG: edit(seq_length=65)}),
+}  # fmt: skip
+
+
+@each(PREDICT)
+def test_reviews_to_label_are_refused(refused, case):
+    model = "logs/imdb/version_0/model"  # conftest gives that of the tests
+    refused(case, **{"predict": "new.csv", "model": model} | case.flags)
+
+
+TEXTS = ["a fine film", 'a "boring" film, clumsy', "a\tfine film"]
+READABLE = {
+    "new.tsv": pandas.DataFrame({"text": TEXTS}).to_csv(sep="\t"),
+    "new.CSV": pandas.DataFrame({"text": TEXTS}).to_csv(),
+    "new.json": "".join(json.dumps({"text": text}) + "\n" for text in TEXTS),
+    "new.txt": "".join(f"{text}\n" for text in TEXTS),
+    "new": "".join(f"{text}\n" for text in TEXTS),
 }
 
 
-@pytest.mark.parametrize("case", PREDICT)
-def test_reviews_to_label_are_refused(
-    refused: Refused, trained: pathlib.Path, tmp_path: pathlib.Path, case: str
-) -> None:
-    files, name, words = PREDICT[case]
-    write(tmp_path, files)
-    shutil.copytree(trained.parent, tmp_path / "logs" / "imdb")
-    refused("--predict", *words, predict=name)
+@pytest.mark.parametrize("name", READABLE)
+def test_each_kind_of_file_is_read_as_what_it_is(name):
+    spoil({name: READABLE[name]})
+    assert main.read_texts(name)["text"][:] == TEXTS
 
 
-def test_a_length_beyond_the_model_that_labels_is_refused(
-    refused: Refused, trained: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
-    write(tmp_path, {"new.csv": CSV})
-    run = shutil.copytree(trained, tmp_path / "logs" / "imdb" / "version_0")
-    edit("config.json", seq_length=65)(run / "model")
-    refused("--seq_length=65", "64", predict="new.csv")
+def test_prediction_prints_its_csv_and_nothing_else(run, place, capfd):
+    brackets = "a [SEP] fine [PAD] film [CLS] [MASK]"
+    texts = [brackets, brackets.replace("[", "(").replace("]", ")"), brackets.upper()]
+    texts.append("a film")
+    spoil({"new.txt": "\n".join(texts)})
+    before = snapshot()
+    capfd.readouterr()
+    run(model="logs/imdb/version_0/model", predict="new.txt")
+    out, err = capfd.readouterr()
+    assert snapshot() == before and not err
+    head, *rows = out.splitlines()
+    assert head == "label,neg,pos" and len(rows) == len(texts)
+    for row in rows:
+        label, neg, pos = row.split(",")
+        assert label == ("neg" if float(neg) > float(pos) else "pos")
+        assert float(neg) + float(pos) == pytest.approx(1, abs=2e-6)
+    assert rows[0] == rows[1] == rows[2] != rows[3]  # special tokens are plain text
 
 
-def test_without_a_model_nothing_is_labelled(
-    refused: Refused, tmp_path: pathlib.Path
-) -> None:
-    write(tmp_path, {"new.csv": CSV})
-    refused("--predict", "--model", predict="new.csv")
-
-
-# Security.
-
-
-class Evil:
-    """Makes a file `executed` in the working folder when it is unpickled."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return pathlib.Path.touch, (pathlib.Path("executed"),)
-
-
-CODE = "import pathlib\npathlib.Path('executed').touch()\n"
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_executed(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    yield
-    assert not (tmp_path / "executed").exists()
-
-
-def test_the_malice_of_these_tests_works(tmp_path: pathlib.Path) -> None:
-    for malice in (lambda: pickle.loads(pickle.dumps(Evil())), lambda: exec(CODE)):
-        malice()
-        (tmp_path / "executed").unlink()
-
-
-INDEX = '{"weight_map": {"a": "b.bin"}, "metadata": {}}'
-EVIL_WEIGHTS: dict[str, Files] = {
-    "pytorch_model.bin": {"pytorch_model.bin": pickle.dumps(Evil())},
-    "a zip of it": {"pytorch_model.bin": saved({"bert.pooler.dense.bias": Evil()})},
-    "in parts": {
-        "pytorch_model.bin.index.json": INDEX,
-        "b.bin": pickle.dumps(Evil()),
-    },
-    "named as safetensors": {"model.safetensors": pickle.dumps(Evil())},
-    "named as a part of safetensors": {
-        "model.safetensors.index.json": INDEX,
-        "b.bin": pickle.dumps(Evil()),
-    },
-}
-
-
-@pytest.mark.parametrize("case", EVIL_WEIGHTS)
-def test_weights_in_a_pickle_are_refused_and_run_no_code(
-    refused: Refused, tmp_path: pathlib.Path, bert: str, case: str
-) -> None:
-    model = shutil.copytree(bert, tmp_path / "model")
-    drop("model.safetensors")(model)
-    refused("--model", "safetensors", model=write(model, EVIL_WEIGHTS[case]))
-
-
-EVIL_CHECKPOINT: dict[str, Callable[[bytes], bytes]] = {
-    "a pickle": lambda whole: pickle.dumps(Evil()),
-    "a zip": lambda whole: saved(Evil()),
-    "in the settings": lambda whole: changed(whole, hyper_parameters={"lr": Evil()}),
-    "besides": lambda whole: changed(whole, callbacks=Evil()),
-}
-
-
-@pytest.mark.parametrize("name", ["last.ckpt", "best.ckpt"])
-@pytest.mark.parametrize("case", EVIL_CHECKPOINT)
-def test_a_pickle_in_a_checkpoint_is_refused_and_runs_no_code(
-    refused: Refused, run: Run, interrupted: pathlib.Path, case: str, name: str
-) -> None:
-    checkpoint = interrupted / "checkpoints" / name
-    checkpoint.write_bytes(EVIL_CHECKPOINT[case](checkpoint.read_bytes()))
-    if name == "last.ckpt":
-        refused("--resume", resume=True)
-    else:  # it is read once training is done
-        with pytest.raises((SystemExit, pickle.UnpicklingError)):
-            run(resume=True)
-
-
-def evil_code(folder: pathlib.Path) -> None:
-    write(folder, {"evil.py": CODE, "modeling_bert.py": CODE, "__init__.py": CODE})
-    tasks = ("Config", "Model", "ModelForSequenceClassification", "Tokenizer")
-    classes = {f"Auto{task}": "evil.Evil" for task in tasks}
-    pipeline = {"text-classification": {"impl": "evil.Evil", "type": "text"}}
-    edit("config.json", auto_map=classes, custom_pipelines=pipeline)(folder)
-    names = ["evil.Evil", "evil.Evil"]
-    wish = {"auto_map": {"AutoTokenizer": names}, "tokenizer_class": "Evil"}
-    edit("tokenizer_config.json", **wish)(folder)
-
-
-def evil_kernel(folder: pathlib.Path) -> None:
-    edit("config.json", _attn_implementation="evil/kernel")(folder)
-
-
-@pytest.mark.parametrize("wish", [evil_code, evil_kernel])
-def test_code_that_a_model_names_is_never_run(
-    run: Run, tmp_path: pathlib.Path, bert: str, wish: Callable[[pathlib.Path], None]
-) -> None:
-    model = shutil.copytree(bert, tmp_path / "model")
-    wish(model)
-    before = snapshot(model)
-    assert (run(model=str(model), epochs=1) / "results.json").exists()
-    assert snapshot(model) == before
-
-
-def test_a_loading_script_is_never_run(
-    refused: Refused, run: Run, tmp_path: pathlib.Path
-) -> None:
-    scripts: Files = {"imdb.py": CODE, "train.py": CODE, "__init__.py": CODE}
-    refused("--dataset", "imdb.py", dataset=write(tmp_path / "imdb", scripts))
-    refused("--dataset", dataset=write(tmp_path / "alone", scripts))
-    dataset = write(tmp_path / "data", both(CSV) | scripts)
-    assert (run(dataset=dataset, percent=100, epochs=1) / "results.json").exists()
-
-
-def test_names_in_the_data_lead_nowhere(run: Run, tmp_path: pathlib.Path) -> None:
-    """Labels and names of a configuration become tags and folders of caches."""
-    names = ["../../../evil", "/evil\n# evil\n---\nevil: 1"]
-    texts = [text for text, _ in ROWS]
-    columns = {"text": texts, "label": [names[label] for _, label in ROWS]}
-    dataset = write_reviews(tmp_path / "data", "jsonl", columns, columns)
-    before = snapshot(tmp_path)
-    assert (run(dataset=dataset, percent=100) / "results.json").exists()
-    after = snapshot(tmp_path)
-    assert {k: v for k, v in after.items() if k.split("/")[0] != "logs"} == before
-
-
-def test_the_name_of_a_configuration_leads_nowhere(
-    refused: Refused, tmp_path: pathlib.Path
-) -> None:
-    card = """---
-configs:
-- config_name: ../../../evil
-  data_files: [{split: train, path: train.csv}, {split: test, path: test.csv}]
----
-"""
-    dataset = write(tmp_path / "data", both(CSV) | {"README.md": card})
-    refused("--dataset", dataset=dataset, percent=100)
-
-
-@pytest.mark.parametrize("place", ["imdb", "imdb/version_0", "debug"])
-def test_a_link_is_moved_and_not_followed(
-    run: Run, tmp_path: pathlib.Path, place: str
-) -> None:
-    earlier_run(tmp_path / "target")
-    target = tmp_path / "target" / "imdb" / place.partition("/")[2]
-    link = tmp_path / "logs" / place
-    link.parent.mkdir(parents=True)
-    link.symlink_to(target)
-    before = snapshot(tmp_path / "target")
-    folder = run(debug=place == "debug", epochs=1)
-    assert (folder / "results.json").exists()
-    assert not link.is_symlink()
-    assert snapshot(tmp_path / "target") == before
-    kept = [p for p in (tmp_path / "logs.old").rglob("*") if p.is_symlink()]
-    assert [p.readlink() for p in kept] == [target] * (place != "debug")
+@pytest.mark.parametrize(
+    ("flags", "status"),
+    [
+        ("--model=model --dataset=data --percent=100 --seq_length=9 --batch_size=3", 0),
+        ("--predict=new.csv", -signal.SIGPIPE),
+    ],
+)
+def test_a_reader_that_goes_ends_a_prediction_but_no_run(place, flags, status):
+    """As `| head` goes: without a word, whether or not anything is left to print."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    line = [sys.executable, str(MAIN), *flags.split()]
+    done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (status, b"")
+    assert pathlib.Path(RESULTS).exists()
+    assert len([*pathlib.Path().glob("logs.old/*")]) == (status == 0)

@@ -2,6 +2,7 @@
 
 import errno
 import pathlib
+import shutil
 import signal
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 import torture
 
 KILL, INT, TERM = signal.SIGKILL, signal.SIGINT, signal.SIGTERM
+HUP = signal.SIGHUP
 MODULE = "IMDBSentimentClassifier"
+EPOCHS = 3
 STEPS = 30  # an epoch: 234 reviews in batches of 8
 POINTS = [
     # Where, the how manieth call, the signal, seconds between checkpoints.
@@ -17,7 +20,7 @@ POINTS = [
     (f"{MODULE}.training_step", STEPS + 9, KILL, 0.0),
     (f"{MODULE}.training_step", STEPS, INT, 600.0),
     (f"{MODULE}.validation_step", 1, KILL, 0.0),
-    (f"{MODULE}.validation_step", 2, TERM, 600.0),
+    (f"{MODULE}.validation_step", 2, HUP, 600.0),
     (f"{MODULE}.test_step", 2, INT, 600.0),
     (f"{MODULE}.export", 1, TERM, 600.0),
 ]
@@ -34,7 +37,7 @@ def arguments(bert: pathlib.Path, reviews: pathlib.Path) -> list[str]:
         "--batch_size=8",
         "--lr=0.002",
         "--precision=32-true",
-        "--epochs=2",
+        f"--epochs={EPOCHS}",
     ]
 
 
@@ -44,7 +47,9 @@ def whole(
 ) -> tuple[dict, bytes]:
     folder = tmp_path_factory.mktemp("whole")
     torture.start(folder, arguments, 600.0).join()
-    return torture.outcome(folder)
+    metrics, weights, state = torture.outcome(folder)
+    assert metrics["best_epoch"] > 0 and metrics["test_acc"] > 0.7  # it learns
+    return metrics, weights, state
 
 
 @pytest.mark.parametrize("point", POINTS, ids=lambda p: f"{p[0]}-{p[1]}-{p[2].name}")
@@ -60,10 +65,12 @@ def test_resumed_run_equals_the_undisturbed_one(
     if signum != KILL and where != f"{MODULE}.export":
         last_line = said.rstrip().splitlines()[-1]
         assert last_line.startswith("Stopped; ") and "saved in" in last_line
-        assert "to go on from there: python" in last_line
-        assert last_line.endswith("--resume")
+        assert last_line.endswith("python main.py --resume --logdir=logs")
     assert torture.finish(tmp_path, arguments) == 0
     assert torture.outcome(tmp_path) == whole
+    # Every step was taken once, but that before a killed validation, which comes again.
+    again = where == f"{MODULE}.validation_step" and signum == KILL
+    assert len((tmp_path / "steps.txt").read_text()) == EPOCHS * STEPS + again
 
 
 def test_ctrl_c_loses_no_step(
@@ -96,14 +103,24 @@ def test_full_disk_is_told_in_one_line(
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_a_moved_run_is_refused_as_its_best_epoch_would_be_forgotten(
-    arguments: list[str], tmp_path: pathlib.Path
-) -> None:
+def test_a_run_that_was_moved_goes_on_and_remembers_its_best_epoch(
+    arguments, whole, tmp_path
+):
     before, after = tmp_path / "before", tmp_path / "after"
     before.mkdir()
-    blow = (f"{MODULE}.training_step", 5, INT)
+    blow = (f"{MODULE}.training_step", 2 * STEPS + 5, INT)
     torture.start(before, arguments, 600.0, blow).join()
     before.rename(after)
-    assert torture.finish(after, arguments) == 1
-    said = (after / "output.txt").read_text()
-    assert f"move it back to {before}" in said and "Traceback" not in said
+    assert torture.finish(after, arguments) == 0
+    assert torture.outcome(after) == whole
+
+
+def test_a_run_is_not_resumed_on_other_reviews(arguments, reviews, tmp_path):
+    data = shutil.copytree(reviews, tmp_path / "data")
+    own = [f"--dataset={data}", *arguments[1:]]
+    torture.start(tmp_path, own, 600.0, (f"{MODULE}.training_step", 5, INT)).join()
+    shutil.copy(data / "test.parquet", data / "train.parquet")
+    assert torture.finish(tmp_path, own) == 1
+    said = (tmp_path / "output.txt").read_text()
+    assert said.rstrip().endswith("not the reviews of this run")
+    assert "Traceback" not in said

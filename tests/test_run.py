@@ -78,7 +78,7 @@ def test_results_hold_metrics_sizes_flags_and_versions(
     trained: pathlib.Path, bert: str, reviews: str
 ) -> None:
     results, seed = read_results(trained), SETTINGS["seed"]
-    parts = "metrics best_epoch confusion samples seconds flags versions"
+    parts = "metrics baseline leaks best_epoch confusion samples seconds flags versions"
     assert results.keys() == {*parts.split()}
     names = [f"{part}_{kind}" for part in ("val", "test") for kind in METRICS]
     assert results["metrics"].keys() == {*names, "test_acc_interval"}
@@ -94,8 +94,15 @@ def test_results_hold_metrics_sizes_flags_and_versions(
     assert results["versions"]["torch"] == torch.__version__
     assert results["versions"]["transformers"] == transformers.__version__
     assert 0 < results["seconds"] < 120
-    interval = main.wilson(results["metrics"]["test_acc"], 47)
-    assert results["metrics"]["test_acc_interval"] == interval
+    low, high = results["metrics"]["test_acc_interval"]
+    assert 0.2 < high - low < 0.3  # of 47 reviews
+    assert low < results["metrics"]["test_acc"] < high
+    sizes = results["samples"]["test"]
+    assert results["baseline"]["test_acc"] == max(sizes.values()) / 47
+    assert sizes[results["baseline"]["label"]] == max(sizes.values())
+    texts = {*samples["train"]["text"], *samples["val"]["text"]}
+    leaks = sum(text in texts for text in samples["test"]["text"])
+    assert results["leaks"] == leaks
     assert sum(map(sum, results["confusion"])) == 47
 
 
@@ -114,12 +121,15 @@ def test_tensorboard_shows_the_whole_run(trained: pathlib.Path) -> None:
     assert shown >= {"train_loss", "train_acc", "lr", "speed", *losses}
     assert not [name for name in shown if "hp_metric" in name]
     steps = [event.step for event in log.Scalars("train_loss")]
-    assert steps == [event.step for event in log.Scalars("lr")] == list(range(48))
+    assert steps == [event.step for event in log.Scalars("lr")] == [9, 19, 29, 39]
     rates = [event.value for event in log.Scalars("lr")]
-    assert rates[6] == pytest.approx(SETTINGS["lr"] / 2)  # half-way up, 12 steps
+    assert rates[0] == pytest.approx(SETTINGS["lr"] * 9 / 12)  # it rises for 12 steps
+    assert "epoch" not in shown
     assert all(event.value > 0 for event in log.Scalars("speed"))
     results = read_results(trained)
-    assert [event.step for event in log.Scalars("val_acc")] == [23, 47]
+    end = 24 * results["best_epoch"] + 23  # once more, with the hyper-parameters
+    assert [event.step for event in log.Scalars("val_acc")] == [23, 47, end]
+    assert [event.step for event in log.Scalars("train_loss_epoch")] == [23, 47]
     best = log.Scalars("val_acc")[results["best_epoch"]].value
     assert best == max(event.value for event in log.Scalars("val_acc"))
     assert best == pytest.approx(results["metrics"]["val_acc"])
@@ -161,8 +171,9 @@ def test_the_model_card_holds_what_the_hub_reads(
     assert result.metric_type == "accuracy"
     assert result.metric_value == results["metrics"]["test_acc"]
     names = {"dataset": "some/films", "model": "some/bert"}
-    hp = {"label_names": ["a: b\nlicense: mit", "c"]} | results["flags"] | names
-    of_hub = huggingface_hub.ModelCard(main.model_card(hp, results)).data
+    strange = {"test": {"a: b\nlicense: mit": 1, "c": 1}}
+    changed = {"flags": results["flags"] | names, "samples": strange}
+    of_hub = huggingface_hub.ModelCard(main.model_card(results | changed)).data
     assert of_hub.eval_results[0].dataset_type == "some/films"
     assert (of_hub.datasets, of_hub.base_model) == (["some/films"], "some/bert")
     for data in (local, of_hub):
@@ -262,11 +273,9 @@ def test_earlier_logs_are_moved_and_not_lost(run: Run, tmp_path: pathlib.Path) -
     (earlier / "model").mkdir(parents=True)
     (earlier / "model/config.json").write_text("{}")
     (earlier / "results.json").write_text("an earlier result")
-    for path in (*earlier.rglob("*"), earlier, earlier.parent):
-        os.utime(path, (1_000_000_000,) * 2)
     before = files(tmp_path / "logs/imdb")
-    stamp = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(1_000_000_000))
-    (tmp_path / "logs.old" / stamp).mkdir(parents=True)  # of another run, as old
+    stamp = "2001-09-09_01-46-40"
+    (tmp_path / "logs.old" / stamp).mkdir(parents=True)  # of another run
     (tmp_path / "logs.old" / stamp / "results.json").write_text("the other's")
     (tmp_path / "logs" / "mine.txt").write_text("no run's")
     folder = run(epochs=1)
@@ -275,7 +284,7 @@ def test_earlier_logs_are_moved_and_not_lost(run: Run, tmp_path: pathlib.Path) -
     assert files(tmp_path / "logs.old" / stamp) == {"results.json": b"the other's"}
     others = {path.name for path in (tmp_path / "logs.old").iterdir()} - {stamp}
     (name,) = others
-    assert name.startswith(stamp)
+    assert name.startswith(time.strftime("%Y-%m-%d_"))
     assert files(tmp_path / "logs.old" / name) == before
     assert (tmp_path / "logs" / "mine.txt").read_text() == "no run's"
 

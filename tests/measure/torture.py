@@ -1,6 +1,6 @@
 """Kills tiny runs of `main.py` at random moments, resumes them, and compares the bits.
 
-    python tests/torture.py --trials=20
+    python tests/measure/torture.py --trials=20
 
 A trial kills a run by SIGKILL, SIGINT or SIGTERM at a random moment, and what goes on
 from it once or twice more, then lets it end. Its exported weights and its metrics must
@@ -17,12 +17,13 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from absl import app, flags
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["main"])
@@ -41,6 +42,14 @@ def run(folder: str, arguments: list[str], save_every: float, blow: Any = None) 
         os.dup2(output.fileno(), 2)
     torch.set_num_threads(1)
     main.SAVE_EVERY = save_every
+    step = main.IMDBSentimentClassifier.training_step
+
+    def counted(*args: Any) -> Any:
+        with open("steps.txt", "a") as steps:
+            steps.write(".")
+        return step(*args)
+
+    main.IMDBSentimentClassifier.training_step = counted
     if blow:
         plant(main, *blow)
     sys.argv = ["main.py", *arguments]
@@ -74,18 +83,32 @@ def start(folder: pathlib.Path, *args: Any) -> multiprocessing.Process:
     return process
 
 
-def outcome(folder: pathlib.Path) -> tuple[dict, bytes]:
-    """Returns the metrics and the exported weights of a finished run."""
+def numbers(value: Any) -> Iterator[bytes]:
+    """Yields all tensors of a checkpoint's part."""
+    if hasattr(value, "numpy"):
+        yield value.numpy().tobytes()
+    elif isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from numbers(each)
+
+
+def outcome(folder: pathlib.Path) -> tuple[dict, bytes, list[bytes]]:
+    """Returns a finished run's metrics, exported weights, and last state of all."""
+    import torch
+
     version = folder / "logs" / "imdb" / "version_0"
     results = json.loads((version / "results.json").read_text())
     weights = (version / "model" / "model.safetensors").read_bytes()
-    return {**results["metrics"], "best_epoch": results["best_epoch"]}, weights
+    last = torch.load(version / "checkpoints" / "last.ckpt", weights_only=True)
+    state = [*numbers(last["state_dict"]), *numbers(last["optimizer_states"])]
+    metrics = {**results["metrics"], "best_epoch": results["best_epoch"]}
+    return metrics, weights, state
 
 
 def finish(folder: pathlib.Path, arguments: list[str]) -> int:
     """Resumes, or starts anew where nothing was saved; returns the exit status."""
     last = folder / "logs" / "imdb" / "version_0" / "checkpoints" / "last.ckpt"
-    process = start(folder, arguments + ["--resume"] * last.exists(), 600.0)
+    process = start(folder, ["--resume"] if last.exists() else arguments, 600.0)
     process.join()
     return process.exitcode
 
@@ -100,8 +123,8 @@ def trial(
         if (version / "results.json").exists():  # it ended before the blow: once more
             shutil.rmtree(folder / "logs")
         last = version / "checkpoints" / "last.ckpt"
-        extra = ["--resume"] * last.exists()
-        process = start(folder, arguments + extra, chance.choice([0.0, 0.1, 600.0]))
+        flags = ["--resume"] if last.exists() else arguments
+        process = start(folder, flags, chance.choice([0.0, 0.1, 600.0]))
         process.join(chance.uniform(0.1, 0.9) * seconds)
         signum = chance.choice(SIGNALS)
         if process.exitcode is None:

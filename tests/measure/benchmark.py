@@ -1,8 +1,9 @@
 """Measures `main.py` beside other ways to fine-tune BERT on the same reviews.
 
     pip install accelerate           for Hugging Face's Trainer, main.py needs none
-    python tests/benchmark.py --dataset=FOLDER --model=FOLDER --rounds=5 --reviews=1280
-    python tests/benchmark.py --dataset=FOLDER --model=FOLDER --contestants=ours,bare
+    cd tests/measure
+    python benchmark.py --dataset=FOLDER --model=FOLDER --rounds=5 --reviews=1280
+    python benchmark.py --dataset=FOLDER --model=FOLDER --contestants=ours,bare
 
 The contestants take turns, one process each, with the same reviews cut and tokenised
 by `main.tokenise`, the same pretrained weights and the same seed, one more each round:
@@ -51,7 +52,7 @@ import transformers
 from absl import app, flags
 from transformers.models.bert import modeling_bert
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 before = time.perf_counter()
 import pytorch_lightning as pl  # noqa: E402
 
@@ -66,6 +67,7 @@ FIGURES = {
     "padding in training": ".1%",
     "padding in evaluation": ".1%",
     "peak memory, MB": ",.0f",
+    "peak memory / memory of the first 20 steps": ".2f",
     "to the first step, s": ".1f",
     "total, s": ".1f",
     "test accuracy": ".2%",
@@ -73,6 +75,7 @@ FIGURES = {
 }
 Figures = dict[str, float]
 Samples = datasets.DatasetDict
+Loader = torch.utils.data.DataLoader
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(main)
 FLAGS.set_default("epochs", 1)
@@ -99,6 +102,7 @@ class Meter:
     def __init__(self, pad: int, warm_up: int) -> None:
         self.pad, self.warm_up, self.seconds, self.since = pad, warm_up, 0.0, None
         self.batches = []  # of real word-pieces, and of positions
+        self.early = 0.0  # MB, the most that the first twenty steps held
 
     def begin(self, batch: main.Batch) -> None:
         """Notes that a step begins."""
@@ -106,6 +110,8 @@ class Meter:
             self.first = time.time()
         if self.since is None and len(self.batches) >= self.warm_up:
             self.since = clock()
+        if len(self.batches) == 20:
+            self.early = peak_memory()
         input_ids = batch["input_ids"]  # [B, T]
         self.batches.append((input_ids.ne(self.pad).sum(), input_ids.numel()))
 
@@ -129,6 +135,11 @@ def precision() -> str:
 def steps(samples: Samples) -> int:
     """Returns how many steps our batches make."""
     return FLAGS.epochs * math.ceil(len(samples["train"]) / FLAGS.batch_size)
+
+
+def load_tokenizer() -> transformers.BertTokenizer:
+    config = main.check_config(FLAGS.model, FLAGS.seq_length)
+    return main.load_tokenizer(FLAGS.model, config)
 
 
 def plain_bert(samples: Samples) -> torch.nn.Module:
@@ -170,6 +181,7 @@ def ours(samples: Samples, training: Meter, testing: Meter) -> float:
 
     main.make_trainer, main.load_samples = watched, lambda *_: samples
     main.tokenise = lambda samples, *_: samples  # they are
+    main.count_leaks = main.fingerprint = lambda samples: 0  # they have no text
     main.main(sys.argv[:1])
     results = pathlib.Path(FLAGS.logdir, "imdb", "version_0", "results.json")
     return json.loads(results.read_text())["metrics"]["test_acc"]
@@ -221,7 +233,7 @@ def trainer_example(samples: Samples, *meters: Meter) -> float:
 
 
 def trainer_best(samples: Samples, *meters: Meter) -> float:
-    tokenizer, size = main.load_tokenizer(FLAGS.model), FLAGS.batch_size
+    tokenizer, size = load_tokenizer(), FLAGS.batch_size
     collate = transformers.DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
     grouping = {"train_sampling_strategy": "group_by_length"}
     if not hasattr(transformers.TrainingArguments, *grouping):
@@ -237,7 +249,7 @@ def trainer_best(samples: Samples, *meters: Meter) -> float:
     )  # fmt: skip
 
 
-def test(logits: Callable, batches: main.Loader, testing: Meter) -> float:
+def test(logits: Callable, batches: Loader, testing: Meter) -> float:
     """Returns the accuracy of `logits`, a function that makes [B, C] of a batch."""
     right = []
     with torch.inference_mode():
@@ -253,7 +265,7 @@ def demo(samples: Samples, training: Meter, testing: Meter) -> float:
     collate = functools.partial(pad, pad_token_id=training.pad)
     model = plain_bert(samples).to(DEVICE)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    batches = main.Loader(samples["train"], 8, shuffle=True, collate_fn=collate)
+    batches = Loader(samples["train"], 8, shuffle=True, collate_fn=collate)
     for _ in range(FLAGS.epochs):
         for batch in map(send, batches):
             training.begin(batch)
@@ -262,7 +274,7 @@ def demo(samples: Samples, training: Meter, testing: Meter) -> float:
             optimizer.zero_grad()
         training.pause()
     model.eval()
-    batches = main.Loader(samples["test"], 8, collate_fn=collate)
+    batches = Loader(samples["test"], 8, collate_fn=collate)
     return test(lambda batch: model(**batch).logits, batches, testing)
 
 
@@ -275,17 +287,17 @@ def bare(samples: Samples, training: Meter, testing: Meter) -> float:
     # What the module asks of a Trainer.
     plan = {"precision": precision(), "estimated_stepping_batches": steps(samples)}
     module.trainer = types.SimpleNamespace(global_rank=0, world_size=1, **plan)
-    module.to(DEVICE).samples = samples
+    module.to(DEVICE)
     [optimizer], [schedule] = module.configure_optimizers()
     bf16 = {"dtype": torch.bfloat16, "enabled": precision() == "bf16-mixed"}
-    batches = module.serve("train", seed=FLAGS.seed)
+    batches = module.batches(samples["train"], seed=FLAGS.seed)
     for epoch in range(FLAGS.epochs):
         batches.sampler.set_epoch(epoch)
         for batch in map(send, batches):
             training.begin(batch)
             with torch.autocast(DEVICE, **bf16):
-                losses, _ = module.step(batch)  # [B]
-            losses.mean().backward()
+                logits = module(batch["input_ids"])
+            torch.nn.functional.cross_entropy(logits, batch["labels"]).backward()
             module.on_before_optimizer_step(optimizer)
             optimizer.step()
             schedule["scheduler"].step()
@@ -293,7 +305,7 @@ def bare(samples: Samples, training: Meter, testing: Meter) -> float:
         training.pause()
     module.eval()
     logits = torch.autocast(DEVICE, **bf16)(lambda batch: module(batch["input_ids"]))
-    return test(logits, module.serve("test"), testing)
+    return test(logits, module.batches(samples["test"]), testing)
 
 
 def peak_memory() -> float:
@@ -309,14 +321,16 @@ def peak_memory() -> float:
 def compete(name: str) -> Figures:
     """Runs a contestant in this process and returns its figures."""
     main.quieten()
-    pad_token_id = main.load_tokenizer(FLAGS.model).pad_token_id
+    pad_token_id = load_tokenizer().pad_token_id
     training, testing = Meter(pad_token_id, 2), Meter(pad_token_id, 0)
     torch.manual_seed(FLAGS.seed)
     samples = datasets.load_from_disk(FLAGS.samples)
     accuracy = globals()[name](samples, training, testing)
     start = FLAGS.started + (0 if name in ("ours", "bare") else IMPORT)
     figures = [training.speed(), testing.speed(), training.padding(), testing.padding()]
-    figures += [peak_memory(), training.first - start, time.time() - start, accuracy]
+    peak = peak_memory()
+    figures += [peak, peak / training.early if training.early else math.nan]
+    figures += [training.first - start, time.time() - start, accuracy]
     return dict(zip(FIGURES, figures, strict=False))
 
 
@@ -325,7 +339,7 @@ def compete(name: str) -> Figures:
 
 def prepare(folder: str) -> torch.Tensor:
     """Saves the tokenised samples; returns the lengths of train's reviews, [N]."""
-    splits = main.load_reviews(FLAGS.dataset)
+    splits = main.load_splits(FLAGS.dataset)
     # A tenth of the draw validates, as in main.py.
     sizes = {"train": round(FLAGS.reviews / 0.9), "test": FLAGS.test_reviews}
     for part, size in sizes.items():
@@ -334,7 +348,7 @@ def prepare(folder: str) -> torch.Tensor:
             parts = splits[part].train_test_split(**draw, seed=FLAGS.seed)
             splits[part] = parts["train"]
     splits["val"], splits["train"] = main.stratified(splits["train"], 10, FLAGS.seed)
-    tokenizer = main.load_tokenizer(FLAGS.model)
+    tokenizer = load_tokenizer()
     samples = main.tokenise(splits, tokenizer, FLAGS.seq_length, FLAGS.truncation)
     samples.save_to_disk(folder)
     return torch.tensor(samples["train"]["length"][:]).double()
@@ -347,6 +361,11 @@ def run(name: str, samples: str, seed: int) -> Figures:
         command += [f"--samples={samples}", f"--logdir={logdir}", f"--seed={seed}"]
         command += [f"--started={time.time()}"]
         env = {"CUDA_VISIBLE_DEVICES": "0"} | os.environ  # a Trainer would take all
+        if name in ("ours", "bare"):  # as `python main.py` has it
+            env |= {
+                "THP_MEM_ALLOC_ENABLE": "1",
+                "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+            }
         done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{done.stdout}{done.stderr}benchmark.py: {name} failed, see above")
@@ -404,7 +423,7 @@ def benchmark(argv: list[str]) -> None:
     if needed and not importlib.util.find_spec("accelerate"):
         sys.exit("benchmark.py: the Trainer needs accelerate: pip install accelerate")
     main.quieten()
-    main.check_model(FLAGS.model, FLAGS.seq_length)
+    main.check_config(FLAGS.model, FLAGS.seq_length)
     rounds, names = [], FLAGS.contestants
     with tempfile.TemporaryDirectory() as folder:
         lengths = prepare(folder)
