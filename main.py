@@ -42,10 +42,6 @@ from typing import Any, NoReturn
 if __name__ == "__main__":
     # Ctrl-C while the libraries load ends without a word.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # On a CPU: huge pages, as fewer have to be asked for, and fewer of the kernels
-    # that oneDNN makes and keeps for each length of a batch.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 import datasets
 import filelock
@@ -522,10 +518,8 @@ def load_bert(model: str, names: list[str], trained: bool) -> torch.nn.Module:
     return bert.train()  # it comes in eval mode, with dropout off
 
 
-# Faster on a CPU. Without this section, the two lines that call `speed_up` and
-# `keep_freed_memory`, and the environment set above the imports, the same model trains.
-
-LIBC = ctypes.CDLL(None)
+# Faster on a CPU. Without this section, and the two lines that call `speed_up` and
+# `keep_freed_memory`, the same model trains.
 
 
 class Dropout(torch.nn.Dropout):
@@ -568,20 +562,14 @@ def choose_attention(bert: torch.nn.Module, args: Any) -> None:
         bert.set_attn_implementation(attention)
 
 
-def trim_memory(bert: torch.nn.Module, args: Any) -> None:
-    """Gives back what glibc keeps freed, which blocks of ever new lengths fragment."""
-    bert.calls += 1
-    if bert.calls % 20 == 0 and hasattr(LIBC, "malloc_trim"):
-        LIBC.malloc_trim(0)
-
-
 def keep_freed_memory() -> None:
     """Has glibc keep what a step frees, and spares it the page faults."""
-    if hasattr(LIBC, "mallopt"):
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
         threshold, trim = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, in bytes
-        if not LIBC.mallopt(threshold, 2**30):
-            LIBC.mallopt(threshold, 2**25)  # the most that older ones take
-        LIBC.mallopt(trim, 2**31 - 1)
+        if not libc.mallopt(threshold, 2**30):
+            libc.mallopt(threshold, 2**25)  # the most that older ones take
+        libc.mallopt(trim, 2**31 - 1)
 
 
 def speed_up(bert: torch.nn.Module) -> None:
@@ -591,8 +579,6 @@ def speed_up(bert: torch.nn.Module) -> None:
     bert.bert.encoder.layer[-1].__class__ = ClsLayer
     bert.bert.embeddings.register_forward_hook(cast_once)
     bert.register_forward_pre_hook(choose_attention)
-    bert.register_forward_pre_hook(trim_memory)
-    bert.calls = 0
 
 
 # The network, how it learns, and what is measured of it.

@@ -640,11 +640,15 @@ def test_odd_reviews_are_kept(run, tmp_path, kind):
 
 
 def test_a_run_tells_leaks_baseline_and_blanks(run, tmp_path, capsys):
-    train = {"text": [text for text, _ in ROWS], "label": ["neg", " pos"] * 20}
+    train = {
+        "text": [text for text, _ in ROWS],
+        "label": ["neg", "pos", "neg", " pos"] * 10,
+    }
     known = [ROWS[1][0], ROWS[4][0], ROWS[4][0]]
     texts = [*known, ROWS[5][0].upper(), *map(str, range(9, 18))]
     test = {"text": texts, "label": ["pos"] * 3 + ["neg "] * 10}
     dataset = write_reviews(tmp_path / "data", "jsonl", train, test)
+    main.say_once.cache_clear()  # of earlier tests
     found = results(run(dataset=dataset, percent=100))
     assert found["samples"]["test"] == {"neg": 10, "pos": 3}
     assert found["leaks"] == 3

@@ -4,9 +4,9 @@
         --seeds=0,1,2,3 --grid="--epochs=3; --epochs=5; tfidf"
 
 A setting is flags of `main.py`, one run a seed, whose model then labels the test
-reviews by `--predict`; or `tfidf`, scikit-learn's logistic regression of TF-IDF of words
-and pairs of words, on the same sample of train, validation reviews included. What each
-says of each review stays in --out as csv, and is not computed again.
+reviews by `--predict`; or `tfidf`, scikit-learn's logistic regression of TF-IDF of
+words and pairs of words, on 5 % of train, validation reviews included (`tfidf=20`: on
+20 %). What each says of each review stays in --out as csv, and is not computed again.
 
 Prints the mean and the standard deviation over seeds, and the differences from the
 first setting with their 95 % intervals: over reviews (each one's mean over seeds) and

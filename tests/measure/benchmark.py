@@ -361,11 +361,6 @@ def run(name: str, samples: str, seed: int) -> Figures:
         command += [f"--samples={samples}", f"--logdir={logdir}", f"--seed={seed}"]
         command += [f"--started={time.time()}"]
         env = {"CUDA_VISIBLE_DEVICES": "0"} | os.environ  # a Trainer would take all
-        if name in ("ours", "bare"):  # as `python main.py` has it
-            env |= {
-                "THP_MEM_ALLOC_ENABLE": "1",
-                "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
-            }
         done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{done.stdout}{done.stderr}benchmark.py: {name} failed, see above")
