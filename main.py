@@ -223,6 +223,7 @@ def find_files(folder: str) -> dict[str, pathlib.Path]:
 def read_file(flag: str, path: pathlib.Path) -> Reviews:
     """Reads one file; its content names the cache, as times and names come again."""
     kind, options = READERS.get(path.suffix.lower(), ("text", {}))
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would ask the network
     with refusing(f"{flag}: expected reviews in {path}", *UNREADABLE):
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
