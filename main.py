@@ -542,8 +542,6 @@ class ClsLayer(modeling_bert.BertLayer):
         self, hidden: torch.Tensor, mask: Any, *_: Any, **__: Any
     ) -> torch.Tensor:
         cls = hidden[:, :1]  # [B, 1, H] of [B, T, H]
-        if mask is not None:
-            mask = mask[:, :, :1]  # [B, 1, 1, T]
         # It takes the queries of [CLS], the keys and values of all; same weights.
         attend = modeling_bert.BertCrossAttention.forward
         context, _ = attend(self.attention.self, cls, hidden, mask)
@@ -555,10 +553,19 @@ def cast_once(module: torch.nn.Module, args: Any, out: torch.Tensor) -> torch.Te
     return out.bfloat16() if torch.is_autocast_enabled("cpu") else out
 
 
+def attend(
+    module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **_: Any
+) -> tuple[torch.Tensor, None]:
+    """Attention that keeps nothing for its gradient but probabilities in bf16."""
+    scores = query * scaling @ key.transpose(-1, -2)  # [B, heads, T, T]
+    scores += torch.where(mask, 0.0, -torch.inf).to(scores.dtype)
+    return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+
 def choose_attention(bert: torch.nn.Module, args: Any) -> None:
     """Trains without the fused attention, whose backward pass is slow in bf16."""
     slow = bert.training and torch.is_autocast_enabled("cpu")
-    attention = "eager" if slow else "sdpa"
+    attention = "plain" if slow else "sdpa"
     if bert.config._attn_implementation != attention:
         bert.set_attn_implementation(attention)
 
@@ -574,6 +581,7 @@ def keep_freed_memory() -> None:
 
 
 def speed_up(bert: torch.nn.Module) -> None:
+    transformers.AttentionInterface.register("plain", attend)
     for name, module in [*bert.named_modules()]:
         if type(module) is torch.nn.Dropout:
             bert.set_submodule(name, Dropout(module.p))
@@ -653,9 +661,10 @@ class IMDBSentimentClassifier(pl.LightningModule):
         reviews = [torch.tensor(review) for review in columns.pop("input_ids")]
         pad = self.tokenizer.pad_token_id
         input_ids = pad_sequence(reviews, batch_first=True, padding_value=pad)
-        # To eights, as oneDNN keeps kernels, 20 MB and more, for each T.
+        # To few lengths, as oneDNN keeps kernels, 20 MB and more, for each.
+        limit = self.hparams.seq_length
         length = input_ids.shape[1]
-        more = min(-length % 8, self.hparams.seq_length - length)
+        more = min(-length % max(8, limit // 32), limit - length)
         input_ids = F.pad(input_ids, (0, more), value=pad)
         others = {f"{name}s": torch.tensor(column) for name, column in columns.items()}
         return {"input_ids": input_ids, **others}
@@ -678,7 +687,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Returns the logits, <float32>[B, C], of word-pieces, <int64>[B, T]."""
-        mask = input_ids.ne(self.tokenizer.pad_token_id)
+        mask = input_ids.ne(self.tokenizer.pad_token_id)[:, None, None]  # [B, 1, 1, T]
         return self.bert(input_ids, attention_mask=mask).logits.float()
 
     def on_train_start(self) -> None:
@@ -712,7 +721,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
         seconds = time.perf_counter() - self.clock
         speed = self.pieces / seconds * self.trainer.world_size
         figures = {"train_loss": loss, "train_acc": acc, "speed": speed}
-        self.log_dict(figures, prog_bar=True)
+        self.log_dict(figures)
         self.log("lr", self.optimizers().param_groups[0]["lr"])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -738,8 +747,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
             "ece": kinds.multiclass_calibration_error(*each),
         }
         for name, value in scores.items():
-            bar = name in ("loss", "acc")
-            self.log(f"{stage}_{name}", value, bar, logger, sync_dist=True)
+            self.log(f"{stage}_{name}", value, logger=logger, sync_dist=True)
         return scored
 
     def on_validation_epoch_end(self) -> None:
@@ -1089,6 +1097,12 @@ class Terminal(pl.callbacks.Callback):
 
 
 class ProgressBar(pl.callbacks.TQDMProgressBar):
+    def get_metrics(self, trainer: pl.Trainer, *_: Any) -> dict:
+        # Asked when the bar is drawn; `prog_bar=True` would wait at every step.
+        figures = trainer.callback_metrics
+        names = ("train_loss", "train_acc", "speed", "val_loss", "val_acc")
+        return {name: figures[name].item() for name in names if name in figures}
+
     def on_train_epoch_start(self, *args: Any) -> None:
         # Of the run's start there is a bar without a step, which would stay.
         self.train_progress_bar.leave = self.train_progress_bar.n > 0

@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from typing import Any
 
 # `datasets` names its cache after functions by name alone: each session needs its own.
@@ -115,36 +114,34 @@ def call(**values: Any) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+def bert(tmp_path_factory):
     """A folder with an untrained BERT; its wide weights make small faults show."""
     folder = tmp_path_factory.mktemp("bert")
     return demo.make_bert(folder, hidden=32, positions=64, spread=0.1)
 
 
 @pytest.fixture(scope="session")
-def reviews(tmp_path_factory: pytest.TempPathFactory) -> str:
+def reviews(tmp_path_factory):
     """A folder with 260 reviews to train on and 94 to test."""
     return demo.make_reviews(tmp_path_factory.mktemp("reviews"), 260, 94, sure=0.9)
 
 
 @pytest.fixture
-def run(tmp_path: pathlib.Path, bert: str, reviews: str) -> Callable[..., pathlib.Path]:
+def run(tmp_path, bert, reviews):
     """Calls `main.main` with logs in `tmp_path`; flags given to it win."""
     ours = {"dataset": reviews, "model": bert, "logdir": str(tmp_path / "logs")}
     return lambda **values: call(**ours | values)
 
 
 @pytest.fixture(scope="session")
-def trained(
-    tmp_path_factory: pytest.TempPathFactory, bert: str, reviews: str
-) -> pathlib.Path:
+def trained(tmp_path_factory, bert, reviews):
     """The folder of a finished run under `SETTINGS`; tests leave it as it is."""
     logdir = tmp_path_factory.mktemp("trained") / "logs"
     return call(dataset=reviews, model=bert, logdir=str(logdir))
 
 
 @pytest.fixture(scope="session")
-def tokenizer(bert: str) -> transformers.BertTokenizer:
+def tokenizer(bert):
     return main.load_tokenizer(bert, main.check_config(bert, 3))
 
 
@@ -161,9 +158,7 @@ def piece_ids(
 
 
 @pytest.fixture(scope="session")
-def commanded(
-    tmp_path_factory: pytest.TempPathFactory, bert: str, reviews: str
-) -> tuple[pathlib.Path, list[str], subprocess.CompletedProcess[str]]:
+def commanded(tmp_path_factory, bert, reviews):
     """A run of `python main.py`: folder of logs and cache, arguments and output."""
     folder = tmp_path_factory.mktemp("commanded")
     ours = {"dataset": reviews, "model": bert} | SETTINGS

@@ -1,7 +1,6 @@
 """What happens to reviews on their way to the model: samples, word-pieces, batches."""
 
 import json
-import pathlib
 import types
 from typing import Any
 
@@ -10,7 +9,7 @@ import hypothesis
 import pytest
 import torch
 import transformers
-from conftest import SETTINGS, command, piece_ids, write_reviews
+from conftest import command, piece_ids, write_reviews
 from hypothesis import strategies
 
 import main
@@ -25,7 +24,7 @@ def counts(sample: datasets.Dataset) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def uneven(tmp_path_factory: pytest.TempPathFactory) -> str:
+def uneven(tmp_path_factory):
     """A folder of 1,200 and 400 reviews, each its own text, a quarter of them pos."""
     columns = {
         part: {
@@ -42,7 +41,7 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize("percent", [5, 40, 100])
-def test_every_sample_has_each_class_in_its_share(uneven: str, percent: int) -> None:
+def test_every_sample_has_each_class_in_its_share(uneven, percent):
     samples = main.load_samples(uneven, percent, seed=3)
     assert counts(samples["test"]) == [3 * percent, percent]
     train, val = counts(samples["train"]), counts(samples["val"])
@@ -55,7 +54,7 @@ def test_every_sample_has_each_class_in_its_share(uneven: str, percent: int) -> 
 
 
 @pytest.mark.parametrize("percent", [40, 100])
-def test_no_review_is_in_two_samples(uneven: str, percent: int) -> None:
+def test_no_review_is_in_two_samples(uneven, percent):
     samples = main.load_samples(uneven, percent, seed=3)
     train, val, test = (samples[part]["text"][:] for part in ("train", "val", "test"))
     assert len({*train, *val, *test}) == len(train) + len(val) + len(test)
@@ -65,7 +64,7 @@ def test_no_review_is_in_two_samples(uneven: str, percent: int) -> None:
 
 
 @pytest.mark.parametrize("percent", [40, 100])
-def test_the_seed_alone_draws_the_samples(uneven: str, percent: int) -> None:
+def test_the_seed_alone_draws_the_samples(uneven, percent):
     first, again, other = (main.load_samples(uneven, percent, s) for s in (3, 3, 4))
     for part in first:
         assert first[part]["text"][:] == again[part]["text"][:]
@@ -84,9 +83,7 @@ def test_the_seed_alone_draws_the_samples(uneven: str, percent: int) -> None:
         ([10, 3, 7, 3], ["3", "7", "10"]),
     ],
 )
-def test_labels_of_own_reviews_become_classes(
-    tmp_path: pathlib.Path, kind: str, labels: list, names: list[str]
-) -> None:
+def test_labels_of_own_reviews_become_classes(tmp_path, kind, labels, names):
     texts = ['a "fine", film', "an awful\nfilm", "it was", "ünd"]
     train = {"text": texts, "label": labels, "stars": [1, 2, 3, 4]}
     test = {"label": labels[2:0:-1], "text": texts[2:0:-1]}
@@ -100,7 +97,7 @@ def test_labels_of_own_reviews_become_classes(
         assert got == [str(label) for label in expected]
 
 
-def test_class_labels_of_a_parquet_keep_their_order(tmp_path: pathlib.Path) -> None:
+def test_class_labels_of_a_parquet_keep_their_order(tmp_path):
     reviews = {"text": ["a", "b", "c"], "label": [1, 0, 1]}
     folder = write_reviews(tmp_path, "parquet", reviews, reviews, ["pos", "neg"])
     splits = main.load_splits(folder)
@@ -124,9 +121,7 @@ def tokenised(texts: list[str], *arguments: Any) -> datasets.Dataset:
         ("head_tail", "a fine had hour of ##s was city"),  # a quarter, three quarters
     ],
 )
-def test_seq_length_and_truncation_hold_to_the_word_piece(
-    tokenizer: transformers.BertTokenizer, truncation: str, kept: str
-) -> None:
+def test_seq_length_and_truncation_hold_to_the_word_piece(tokenizer, truncation, kept):
     text = "a fine the film that plot it song had hour ofs was city"
     review = tokenised([text, "a fine film"], tokenizer, 10, truncation)
     pieces = [tokenizer.convert_ids_to_tokens(ids) for ids in review["input_ids"]]
@@ -151,12 +146,8 @@ texts = strategies.lists(words, max_size=40).map(" ".join)
     truncation=strategies.sampled_from(TRUNCATIONS),
 )
 def test_truncation_equals_a_plain_loop_over_word_pieces(
-    tokenizer: transformers.BertTokenizer,
-    bert: str,
-    reviews: list[str],
-    seq_length: int,
-    truncation: str,
-) -> None:
+    tokenizer, bert, reviews, seq_length, truncation
+):
     got = tokenised(reviews, tokenizer, seq_length, truncation)
     plain = transformers.BertTokenizer.from_pretrained(bert)
     expected = [piece_ids(plain, text, seq_length, truncation) for text in reviews]
@@ -166,16 +157,14 @@ def test_truncation_equals_a_plain_loop_over_word_pieces(
     assert got["cut"][:] == [n - len(k) for n, k in zip(whole, expected, strict=True)]
 
 
-def test_line_break_tags_are_removed(tokenizer: transformers.BertTokenizer) -> None:
+def test_line_break_tags_are_removed(tokenizer):
     text = "fine<br /><br />film <br/> a<br>plot<br />"
     ids = tokenised([text], tokenizer, 24, "head")["input_ids"][0]
     pieces = tokenizer.convert_ids_to_tokens(ids)
     assert pieces == ["[CLS]", "fine", "film", "a", "plot", "[SEP]"]
 
 
-def test_special_tokens_in_a_text_are_plain_text(
-    tokenizer: transformers.BertTokenizer,
-) -> None:
+def test_special_tokens_in_a_text_are_plain_text(tokenizer):
     text = "fine [SEP] film [PAD] a [CLS] plot [MASK]"
     ids = tokenised([text], tokenizer, 24, "head")["input_ids"][0]
     special = {tokenizer.sep_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id}
@@ -186,7 +175,7 @@ def test_special_tokens_in_a_text_are_plain_text(
     )
 
 
-def test_an_empty_review_is_cls_and_sep(tokenizer: transformers.BertTokenizer) -> None:
+def test_an_empty_review_is_cls_and_sep(tokenizer):
     both = [tokenizer.cls_token_id, tokenizer.sep_token_id]
     for truncation in TRUNCATIONS:
         reviews = tokenised(["", " ", "<br />"], tokenizer, 24, truncation)
@@ -194,9 +183,7 @@ def test_an_empty_review_is_cls_and_sep(tokenizer: transformers.BertTokenizer) -
         assert reviews["cut"][:] == [0, 0, 0]
 
 
-def test_a_second_process_with_another_lr_tokenises_nothing(
-    tmp_path: pathlib.Path, commanded: tuple[pathlib.Path, list[str]]
-) -> None:
+def test_a_second_process_with_another_lr_tokenises_nothing(tmp_path, commanded):
     cache, arguments = commanded[0] / "cache", commanded[1]
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.arrow")}
     tables = [datasets.Dataset.from_file(str(path)).column_names for path in before]
@@ -235,8 +222,8 @@ def whole_plan(world_size: int, epoch: int = 0, **plan: Any) -> list[list[list[i
     epoch=strategies.integers(0, 9),
 )
 def test_a_plan_holds_each_review_once_and_shares_evenly(
-    lengths: torch.Tensor, batch_size: int, world_size: int, seed: int, epoch: int
-) -> None:
+    lengths, batch_size, world_size, seed, epoch
+):
     ranks = whole_plan(
         world_size, epoch, lengths=lengths, batch_size=batch_size, seed=seed
     )
@@ -257,7 +244,7 @@ def test_a_plan_holds_each_review_once_and_shares_evenly(
 @hypothesis.given(
     seed=strategies.integers(0, 2**32 - 1), epoch=strategies.integers(0, 9)
 )
-def test_a_plan_follows_from_seed_and_epoch_alone(seed: int, epoch: int) -> None:
+def test_a_plan_follows_from_seed_and_epoch_alone(seed, epoch):
     lengths = torch.arange(60) % 23 + 2
     plain = {"lengths": lengths, "batch_size": 4}
     first = whole_plan(2, epoch, **plain, seed=seed)
@@ -273,9 +260,7 @@ def test_a_plan_follows_from_seed_and_epoch_alone(seed: int, epoch: int) -> None
 
 
 @pytest.mark.parametrize("longest", [256, 512])
-def test_batches_of_like_length_need_little_padding_and_come_shuffled(
-    longest: int,
-) -> None:
+def test_batches_of_like_length_need_little_padding_and_come_shuffled(longest):
     generator = torch.Generator().manual_seed(0)
     lengths = torch.empty(2250).log_normal_(5.45, 0.65, generator=generator)
     lengths = lengths.clamp(10, longest).long()  # in mean and shares cut like IMDB's
@@ -292,7 +277,7 @@ def test_batches_of_like_length_need_little_padding_and_come_shuffled(
     assert len(plans[0] & plans[1]) < len(plans[0]) / 2  # other company each epoch
 
 
-def test_evaluation_goes_from_long_to_short_in_every_epoch() -> None:
+def test_evaluation_goes_from_long_to_short_in_every_epoch():
     lengths = torch.tensor([5, 9, 2, 7, 9, 3, 4])
     sampler = main.LengthGroupedBatches(lengths, 3)
     for epoch in (0, 1):
@@ -300,7 +285,7 @@ def test_evaluation_goes_from_long_to_short_in_every_epoch() -> None:
         assert [*sampler] == [[1, 4, 3], [0, 6], [5, 2]]
 
 
-def test_a_resumed_epoch_skips_what_was_done() -> None:
+def test_a_resumed_epoch_skips_what_was_done():
     progress = types.SimpleNamespace(current=types.SimpleNamespace(ready=0))
     lengths = torch.arange(50)
     sampler = main.LengthGroupedBatches(lengths, 4, seed=3, progress=progress)
@@ -311,9 +296,3 @@ def test_a_resumed_epoch_skips_what_was_done() -> None:
         batches = iter(sampler)
         progress.current.ready = done  # as Lightning restores it, after the iterator
         assert [*batches] == whole[done:]
-
-
-def test_settings_differ_from_the_defaults_and_one_another() -> None:
-    defaults = {name: main.FLAGS[name].default for name in SETTINGS}
-    assert not SETTINGS.items() & defaults.items()
-    assert len({*SETTINGS.values()}) == len(SETTINGS)

@@ -36,9 +36,7 @@ def start(starter: str, arguments: list[str], cwd: pathlib.Path) -> str:
 
 
 @pytest.mark.parametrize("starter", ["Lightning", "torchrun"])
-def test_two_processes_leave_what_one_would(
-    starter: str, bert: str, reviews: str, tmp_path: pathlib.Path
-) -> None:
+def test_two_processes_leave_what_one_would(starter, bert, reviews, tmp_path):
     earlier = tmp_path / "logs" / "imdb" / "version_0"
     earlier.mkdir(parents=True)
     (earlier / "hparams.yaml").write_text("an earlier run")

@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace as Stub
 from typing import Any
 
 import pytest
@@ -24,7 +26,7 @@ STEPS = EPOCHS * math.ceil(TRAIN / SETTINGS["batch_size"])
 
 
 @pytest.fixture
-def module(bert: str, reviews: str) -> Module:
+def module(bert, reviews):
     values = SETTINGS | {"dataset": reviews, "model": bert, "optimizer": "adamw"}
     return main.make_module(values, ["neg", "pos"])
 
@@ -45,10 +47,8 @@ def attend(module: Module, attention: str, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(module.bert, "set_attn_implementation", lambda _: None)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_padding_does_not_change_logits(
-    module: Module, attention: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("attention", ["sdpa", "plain"])
+def test_padding_does_not_change_logits(module, attention, monkeypatch):
     attend(module, attention, monkeypatch)
     ids = draw_ids(module, 3, 9)
     longer = torch.full((4, 20), module.tokenizer.pad_token_id)
@@ -61,15 +61,14 @@ def test_padding_does_not_change_logits(
     assert among.shape == (4, 2) and among.dtype == torch.float32
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "plain"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_logits_and_gradients_equal_those_of_plain_transformers(
-    module: Module, tmp_path: pathlib.Path, attention: str, padded: bool,
-    monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+    module, tmp_path, attention, padded, monkeypatch
+):
     module.export(tmp_path)
     plain = transformers.BertForSequenceClassification.from_pretrained(
-        tmp_path, attn_implementation=attention
+        tmp_path, attn_implementation="eager"
     ).eval()
     attend(module, attention, monkeypatch)
     ids, labels = draw_ids(module, 5, 12), torch.tensor([0, 1, 1, 0, 1])
@@ -89,11 +88,11 @@ def test_logits_and_gradients_equal_those_of_plain_transformers(
 
 
 @pytest.mark.parametrize(
-    "precision, training", [("bf16-mixed", "eager"), ("32-true", "sdpa")]
+    "precision, training", [("bf16-mixed", "plain"), ("32-true", "sdpa")]
 )
 def test_fused_attention_is_left_out_only_where_a_cpu_trains_in_bf16(
-    run: Run, monkeypatch: pytest.MonkeyPatch, precision: str, training: str
-) -> None:
+    run, monkeypatch, precision, training
+):
     used, forward = set(), Module.forward
 
     def noted(module: Module, input_ids: torch.Tensor) -> torch.Tensor:
@@ -106,9 +105,7 @@ def test_fused_attention_is_left_out_only_where_a_cpu_trains_in_bf16(
     assert used == {(True, training), (False, "sdpa")}
 
 
-def test_parameters_are_float32_even_from_a_bfloat16_checkpoint(
-    bert: str, tmp_path: pathlib.Path
-) -> None:
+def test_parameters_are_float32_even_from_a_bfloat16_checkpoint(bert, tmp_path):
     half = transformers.BertModel.from_pretrained(bert, dtype=torch.bfloat16)
     half.save_pretrained(tmp_path)
     kinds = {
@@ -119,9 +116,7 @@ def test_parameters_are_float32_even_from_a_bfloat16_checkpoint(
 
 
 @pytest.mark.parametrize("longest, padded", [(8, 8), (9, 16), (33, 40), (41, 43)])
-def test_batches_are_padded_to_eights_but_not_beyond_the_limit(
-    module: Module, longest: int, padded: int
-) -> None:
+def test_batches_are_padded_to_eights_but_not_beyond_the_limit(module, longest, padded):
     module.hparams.seq_length = 43
     rows = {"input_ids": [[7] * longest, [7] * 3], "label": [1, 0]}
     batch = module.collate(rows)
@@ -131,10 +126,83 @@ def test_batches_are_padded_to_eights_but_not_beyond_the_limit(
     assert batch["labels"].tolist() == [1, 0]
 
 
+def test_logits_are_float32_also_where_the_network_computes_in_bf16(module):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(draw_ids(module, 2, 9)).dtype == torch.float32
+
+
+def test_the_seed_draws_the_classifier(bert):
+    seeds = [SETTINGS | {"model": bert, "seed": seed} for seed in (3, 3, 4)]
+    modules = [main.make_module(settings, ["neg", "pos"]) for settings in seeds]
+    first, again, other = (module.bert.classifier.weight for module in modules)
+    assert first.equal(again) and not first.equal(other)
+
+
+@pytest.mark.parametrize(
+    "gpu, cpu, precision",
+    [
+        (True, {}, "bf16-mixed"),
+        (False, {"avx512_bf16": True, "amx_bf16": True}, "32-true"),
+        (None, {"avx512_bf16": True}, "bf16-mixed"),
+        (None, {"avx512_bf16": False, "amx_bf16": True}, "bf16-mixed"),
+        (None, {"avx512_bf16": False}, "32-true"),
+    ],
+)
+def test_auto_is_bf16_only_where_the_hardware_has_it(monkeypatch, gpu, cpu, precision):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu is not None)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: gpu)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: cpu)
+    assert main.fastest_precision() == precision
+
+
+@pytest.mark.parametrize(
+    "truncation, side, part",
+    [
+        ("tail", "left", "end"),
+        ("head", "right", "beginning"),
+        ("head_tail", "right", "beginning"),
+    ],
+)
+def test_an_export_cuts_on_the_side_that_its_card_says(
+    module, trained, tmp_path, truncation, side, part
+):
+    module.hparams.truncation = truncation
+    module.export(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["truncation_side"] == side
+    results = json.loads((trained / "results.json").read_text())
+    results["flags"]["truncation"] = truncation
+    card = " ".join(main.model_card(results).split())
+    assert f"keeps the {part} of a long text" in card
+
+
 # Dropout
 
 
-def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
+def test_our_dropout_follows_each_hidden_layer_and_none_the_attention(module):
+    shares = {
+        name: dropout.p
+        for name, dropout in module.named_modules()
+        if isinstance(dropout, torch.nn.Dropout)
+    }
+    assert {type(module.get_submodule(name)) for name in shares} == {main.Dropout}
+    of_attention = [name for name in shares if name.endswith("self.dropout")]
+    assert len(of_attention) == 2  # layers
+    for name, share in shares.items():
+        assert share == (0 if name in of_attention else 0.1)
+
+
+def test_dropout_is_drawn_anew_for_each_seed_step_and_process(module):
+    drawn = set()
+    for seed, step, rank in itertools.product((3, 4), (0, 1), (0, 1)):
+        module.hparams.seed = seed
+        module.trainer = Stub(global_step=step, global_rank=rank)
+        module.on_train_batch_start({}, 0)
+        drawn.add(torch.initial_seed())
+    assert len(drawn) == 8
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
     torch.manual_seed(3)
     for share in (0.0, 0.1, 0.5):
         x = torch.full((401, 501), 2.0)  # 200,901 elements, not a multiple of four
@@ -146,14 +214,14 @@ def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
         torch.testing.assert_close(out[~zeros], x[~zeros] / (1 - share))
 
 
-def test_dropout_passes_gradients_where_it_passes_values() -> None:
+def test_dropout_passes_gradients_where_it_passes_values():
     x = torch.ones(999, requires_grad=True)
     out = main.Dropout(0.3)(x)
     out.sum().backward()
     torch.testing.assert_close(x.grad, out.detach())
 
 
-def test_dropout_follows_from_the_torch_seed() -> None:
+def test_dropout_follows_from_the_torch_seed():
     dropout, x = main.Dropout(0.3), torch.ones(999)
     drawn = []
     for seed in (3, 3, 4):
@@ -222,7 +290,7 @@ def watched() -> Iterator[Notes]:
 
 
 @pytest.fixture(scope="module")
-def notes(tmp_path_factory: pytest.TempPathFactory, bert: str, reviews: str) -> Notes:
+def notes(tmp_path_factory, bert, reviews):
     """Notes of a whole run under `SETTINGS`."""
     logdir = str(tmp_path_factory.mktemp("watched") / "logs")
     with watched() as notes:
@@ -230,19 +298,17 @@ def notes(tmp_path_factory: pytest.TempPathFactory, bert: str, reviews: str) -> 
     return notes
 
 
-def test_dropout_is_on_in_training_and_off_in_validation(notes: Notes) -> None:
+def test_dropout_is_on_in_training_and_off_in_validation(notes):
     assert all(notes.train_differs) and len(notes.train_differs) == STEPS
     assert not any(notes.val_differs) and len(notes.val_differs) == 3 * EPOCHS
 
 
-def test_training_drops_nothing(notes: Notes) -> None:
+def test_training_drops_nothing(notes):
     assert sum(map(len, notes.batches)) == EPOCHS * TRAIN
     assert max(map(len, notes.batches)) <= SETTINGS["batch_size"]
 
 
-def test_the_rate_rises_and_falls_linearly_by_step(
-    notes: Notes, trained: pathlib.Path
-) -> None:
+def test_the_rate_rises_and_falls_linearly_by_step(notes, trained):
     rates = [[group["lr"] for group in groups] for groups in notes.groups]
     peak, rise = SETTINGS["lr"], SETTINGS["warmup"] * STEPS  # 48 steps, 12 of them up
     for step, factor in (
@@ -257,9 +323,7 @@ def test_the_rate_rises_and_falls_linearly_by_step(
     assert (STEPS, rise, len(rates)) == (48, 12, 48)
 
 
-def test_weight_decay_spares_vectors_and_momentum_is_the_first_beta(
-    notes: Notes,
-) -> None:
+def test_weight_decay_spares_vectors_and_momentum_is_the_first_beta(notes):
     for group in notes.groups[0]:
         assert group["betas"] == (SETTINGS["momentum"], 0.999)
         for parameter in group["params"]:
@@ -269,14 +333,12 @@ def test_weight_decay_spares_vectors_and_momentum_is_the_first_beta(
     assert sorted(map(id, parameters)) == sorted(map(id, notes.names))  # each, once
 
 
-def test_gradients_are_clipped_to_norm_1(notes: Notes) -> None:
+def test_gradients_are_clipped_to_norm_1(notes):
     assert max(notes.norms) == pytest.approx(1, abs=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_one_step_moves_every_parameter_and_all_are_float32(
-    run: Run, precision: str
-) -> None:
+def test_one_step_moves_every_parameter_and_all_are_float32(run, precision):
     with watched() as notes:
         run(debug=True, warmup=0.0, weight_decay=0.0, precision=precision)
     assert len(notes.batches) == len(notes.before) == 1
@@ -299,7 +361,7 @@ def test_one_step_moves_every_parameter_and_all_are_float32(
         assert moved.double().mean() > 0.9, name
 
 
-def test_sgd_has_a_constant_rate_and_momentum(run: Run) -> None:
+def test_sgd_has_a_constant_rate_and_momentum(run):
     with watched() as notes:
         run(optimizer="sgd", lr=0.011, epochs=1)
     assert len(notes.groups) == STEPS // EPOCHS
@@ -308,12 +370,85 @@ def test_sgd_has_a_constant_rate_and_momentum(run: Run) -> None:
         assert group["weight_decay"] == 0 and "betas" not in group
 
 
+def test_each_process_trains_on_its_share_in_an_order_of_the_seed(module):
+    progress = Stub(current=Stub(ready=0))
+    loop = Stub(epoch_loop=Stub(batch_progress=progress))
+    module.trainer = Stub(predicting=False, fit_loop=loop, world_size=2, global_rank=1)
+    module.setup("fit")
+    train = module.train_dataloader().sampler
+    assert (train.rank, train.world_size, train.seed) == (1, 2, SETTINGS["seed"])
+    assert train.progress is progress
+    for loader in (module.val_dataloader(), module.test_dataloader()):
+        sampler = loader.sampler
+        assert (sampler.rank, sampler.world_size, sampler.seed) == (1, 2, None)
+
+
+def test_the_host_waits_for_the_device_at_logging_steps_only(run, monkeypatch):
+    steps, waits = [], []
+
+    def count(name):
+        original = getattr(torch.Tensor, name)
+
+        def counted(tensor, *arguments, **options):
+            waits.append((len(steps), name))
+            return original(tensor, *arguments, **options)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+
+    def training_step(module, batch, batch_idx):
+        steps.append(batch_idx)
+        return train(module, batch, batch_idx)
+
+    for name in ("item", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__"):
+        count(name)
+    train = Module.training_step
+    monkeypatch.setattr(Module, "training_step", training_step)
+    run(epochs=1)
+    assert len(steps) == STEPS // EPOCHS
+    # From the beginning of step 11 to that of step 20; it is logged at 10 and 20.
+    assert [name for step, name in waits if 10 < step < 20] == []
+    assert [name for step, name in waits if step == 20]  # it does count
+
+
 # Metrics
 
 
-def test_metrics_equal_a_plain_loop_over_reviews(
-    trained: pathlib.Path, bert: str, reviews: str
-) -> None:
+def test_the_loss_is_a_mean_and_the_accuracy_a_share_of_reviews(module, monkeypatch):
+    margins = torch.tensor([1.0, 2.0, -3.0, 0.5])  # of neg, which is right
+    logits = torch.stack([margins, torch.zeros(4)], 1)
+    monkeypatch.setattr(Module, "forward", lambda *_: logits)
+    module.trainer = Stub(global_step=0, log_every_n_steps=10, is_last_batch=False)
+    module.on_train_start()
+    labels = torch.zeros(4, dtype=torch.long)
+    batch = {"input_ids": draw_ids(module, 4, 9), "labels": labels}
+    loss = module.training_step(batch, 0).item()
+    mean = sum(math.log(1 + math.exp(-margin)) for margin in margins) / 4
+    assert loss == pytest.approx(mean)
+    assert module.mean_loss.compute().item() == pytest.approx(mean)
+    assert module.mean_acc.compute().item() == 0.75
+
+
+def test_speed_counts_the_word_pieces_of_all_processes_without_padding(
+    module, monkeypatch
+):
+    shown = {}
+    optimizer = Stub(param_groups=[{"lr": 0.0}])
+    module.trainer = Stub(
+        world_size=3, global_step=9, log_every_n_steps=10, is_last_batch=False
+    )
+    monkeypatch.setattr(Module, "log_dict", lambda _, kept, **__: shown.update(kept))
+    monkeypatch.setattr(Module, "log", lambda *_: None)
+    monkeypatch.setattr(Module, "optimizers", lambda _: optimizer)
+    monkeypatch.setattr("time.perf_counter", lambda: 100.0)
+    module.on_train_start()
+    ids = draw_ids(module, 2, 20)
+    ids[1, 12:] = module.tokenizer.pad_token_id
+    monkeypatch.setattr("time.perf_counter", lambda: 102.0)
+    module.training_step({"input_ids": ids, "labels": torch.tensor([0, 1])}, 9)
+    assert shown["speed"] == 3 * (20 + 12) / 2
+
+
+def test_metrics_equal_a_plain_loop_over_reviews(trained, bert, reviews):
     results = json.loads((trained / "results.json").read_text())
     samples = main.load_samples(reviews, SETTINGS["percent"], SETTINGS["seed"])
     assert (len(samples["val"]), len(samples["test"])) == (13, 47)  # ragged, by tens

@@ -1,13 +1,13 @@
 """A run that was killed and resumed ends as the run that nobody disturbed: in bits."""
 
 import errno
-import pathlib
 import shutil
 import signal
 
 import pytest
 import torch
 import torture
+from tensorboard.backend.event_processing import event_accumulator
 
 KILL, INT, TERM = signal.SIGKILL, signal.SIGINT, signal.SIGTERM
 HUP = signal.SIGHUP
@@ -27,7 +27,7 @@ POINTS = [
 
 
 @pytest.fixture(scope="module")
-def arguments(bert: pathlib.Path, reviews: pathlib.Path) -> list[str]:
+def arguments(bert, reviews):
     """Flags of the tiny run, all different from their defaults."""
     return [
         f"--dataset={reviews}",
@@ -42,9 +42,7 @@ def arguments(bert: pathlib.Path, reviews: pathlib.Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(
-    arguments: list[str], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[dict, bytes]:
+def whole(arguments, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     torture.start(folder, arguments, 600.0).join()
     metrics, weights, state = torture.outcome(folder)
@@ -53,9 +51,7 @@ def whole(
 
 
 @pytest.mark.parametrize("point", POINTS, ids=lambda p: f"{p[0]}-{p[1]}-{p[2].name}")
-def test_resumed_run_equals_the_undisturbed_one(
-    point: tuple, arguments: list[str], whole: tuple, tmp_path: pathlib.Path
-) -> None:
+def test_resumed_run_equals_the_undisturbed_one(point, arguments, whole, tmp_path):
     where, nth, signum, save_every = point
     process = torture.start(tmp_path, arguments, save_every, (where, nth, signum))
     process.join()
@@ -73,9 +69,7 @@ def test_resumed_run_equals_the_undisturbed_one(
     assert len((tmp_path / "steps.txt").read_text()) == EPOCHS * STEPS + again
 
 
-def test_ctrl_c_loses_no_step(
-    arguments: list[str], whole: tuple, tmp_path: pathlib.Path
-) -> None:
+def test_ctrl_c_loses_no_step(arguments, whole, tmp_path):
     blow = (f"{MODULE}.training_step", 5, INT)
     torture.start(tmp_path, arguments, 600.0, blow).join()
     assert "Stopped; step 5 is done and saved" in (tmp_path / "output.txt").read_text()
@@ -83,17 +77,13 @@ def test_ctrl_c_loses_no_step(
     assert torch.load(last, weights_only=True)["global_step"] == 5
 
 
-def test_kill_while_saving_leaves_the_earlier_checkpoint(
-    arguments: list[str], tmp_path: pathlib.Path
-) -> None:
+def test_kill_while_saving_leaves_the_earlier_checkpoint(arguments, tmp_path):
     torture.start(tmp_path, arguments, 0.0, ("os.fsync", 7, KILL)).join()
     last = tmp_path / "logs" / "imdb" / "version_0" / "checkpoints" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 6
 
 
-def test_full_disk_is_told_in_one_line(
-    arguments: list[str], tmp_path: pathlib.Path
-) -> None:
+def test_full_disk_is_told_in_one_line(arguments, tmp_path):
     blow = ("os.fsync", 1, 0, errno.ENOSPC)
     process = torture.start(tmp_path, arguments, 600.0, blow)
     process.join()
@@ -113,6 +103,22 @@ def test_a_run_that_was_moved_goes_on_and_remembers_its_best_epoch(
     before.rename(after)
     assert torture.finish(after, arguments) == 0
     assert torture.outcome(after) == whole
+
+
+def test_curves_of_a_run_that_lost_steps_do_not_double_back(arguments, whole, tmp_path):
+    def stopped_at(step):
+        return (f"{MODULE}.training_step", step, INT)
+
+    torture.start(tmp_path, arguments, 600.0, stopped_at(5)).join()
+    run = tmp_path / "logs" / "imdb" / "version_0"
+    early = shutil.copy(run / "checkpoints" / "last.ckpt", tmp_path / "early.ckpt")
+    resume = [*arguments, "--resume"]
+    torture.start(tmp_path, resume, 600.0, stopped_at(24)).join()  # logs 9, 19
+    shutil.copy(early, run / "checkpoints" / "last.ckpt")
+    assert torture.finish(tmp_path, arguments) == 0
+    log = event_accumulator.EventAccumulator(str(run)).Reload()
+    steps = [event.step for event in log.Scalars("train_loss")]
+    assert steps == [*range(9, EPOCHS * STEPS, 10)]
 
 
 def test_a_run_is_not_resumed_on_other_reviews(arguments, reviews, tmp_path):

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 
 import datasets
@@ -20,8 +21,9 @@ import torch
 import transformers
 import yaml
 from absl.testing import flagsaver
-from conftest import SETTINGS, call, write_reviews
+from conftest import SETTINGS, call, piece_ids, write_reviews
 from tensorboard.backend.event_processing import event_accumulator
+from tensorboard.util import tensor_util
 
 import main
 
@@ -67,16 +69,14 @@ def label(model: pathlib.Path, texts: list[str]) -> list[str]:
 # Files and numbers
 
 
-def test_a_run_leaves_exactly_its_files(trained: pathlib.Path) -> None:
+def test_a_run_leaves_exactly_its_files(trained):
     events = {"events.out.tfevents"}
     assert files(trained).keys() == RUN_FILES | events
     assert [*trained.parents[1].iterdir()] == [trained.parent]  # logs/imdb
     assert [*trained.parents[2].iterdir()] == [trained.parents[1]]  # logs
 
 
-def test_results_hold_metrics_sizes_flags_and_versions(
-    trained: pathlib.Path, bert: str, reviews: str
-) -> None:
+def test_results_hold_metrics_sizes_flags_and_versions(trained, bert, reviews):
     results, seed = read_results(trained), SETTINGS["seed"]
     parts = "metrics baseline leaks best_epoch confusion samples seconds flags versions"
     assert results.keys() == {*parts.split()}
@@ -110,11 +110,11 @@ def test_results_hold_metrics_sizes_flags_and_versions(
     "share, n, low, high",
     [(0.8, 10, 0.4902, 0.9433), (0, 10, 0, 0.2775), (1, 50, 0.92865, 1)],
 )
-def test_the_interval_is_wilsons(share: float, n: int, low: float, high: float) -> None:
+def test_the_interval_is_wilsons(share, n, low, high):
     assert main.wilson(share, n) == pytest.approx([low, high], abs=5e-5)
 
 
-def test_tensorboard_shows_the_whole_run(trained: pathlib.Path) -> None:
+def test_tensorboard_shows_the_whole_run(trained):
     log = event_accumulator.EventAccumulator(str(trained)).Reload()
     shown = {*log.Tags()["scalars"]}
     losses = {f"{part}_{kind}" for part in ("val", "test") for kind in METRICS}
@@ -138,13 +138,97 @@ def test_tensorboard_shows_the_whole_run(trained: pathlib.Path) -> None:
         assert event.value == pytest.approx(results["metrics"][name])
 
 
+def judge(folder, reviews, bert):
+    """Returns word-pieces, pieces cut and probabilities of each test review, plainly.
+
+    Yields the label beside them, by a loop over single reviews.
+    """
+    tokenizer = transformers.BertTokenizer.from_pretrained(bert)
+    model = transformers.BertForSequenceClassification.from_pretrained(folder / "model")
+    seq_length, truncation = SETTINGS["seq_length"], SETTINGS["truncation"]
+    samples = main.load_samples(reviews, SETTINGS["percent"], SETTINGS["seed"])
+    for review in samples["test"]:
+        whole = piece_ids(tokenizer, review["text"], 999, truncation)
+        ids = piece_ids(tokenizer, review["text"], seq_length, truncation)
+        with torch.no_grad():
+            logits = model.eval()(torch.tensor([ids])).logits[0]
+        seen = tokenizer.decode(ids[1:-1])
+        yield seen, len(whole) - len(ids), logits.softmax(-1), review["label"]
+
+
+def test_tensorboard_draws_what_the_model_says_of_each_review(trained, reviews, bert):
+    log = event_accumulator.EventAccumulator(str(trained)).Reload()
+
+    def text(tag):
+        (event,) = log.Tensors(f"{tag}/text_summary")
+        return event.tensor_proto.string_val[0].decode()
+
+    names = ["neg", "pos"]
+    judged = [*judge(trained, reviews, bert)]
+    confusion = [[0, 0], [0, 0]]
+    errors = []
+    for seen, cut, probabilities, label in judged:
+        sure, predicted = probabilities.max(-1)
+        confusion[label][predicted] += 1
+        note = f" [{cut} word-pieces cut]" if cut else ""
+        verdict = f"{names[label]} taken for {names[predicted]}"
+        if predicted != label:
+            line = f"1. **{verdict} at {100 * sure:.1f} %{note}:** {seen}"
+            errors.append((sure.item(), line))
+    rows = [
+        f"| {name} | {a} | {b} |" for name, (a, b) in zip(names, confusion, strict=True)
+    ]
+    assert text("test_confusion").splitlines()[2:] == rows
+    assert confusion[0][1] != confusion[1][0]  # else it may be turned unnoticed
+    worst = sorted(errors, reverse=True)[:20]
+    assert text("test_worst").splitlines() == [line for _, line in worst]
+    assert len({line for _, line in worst}) > 3
+
+    for number, name in enumerate(names):
+        own = [p[number].item() for _, _, p, label in judged if label == number]
+        tag = f"test_probability_of_true_class/{name}"
+        (histogram,) = [event.histogram_value for event in log.Histograms(tag)]
+        assert histogram.num == len(own)
+        assert histogram.sum == pytest.approx(sum(own), rel=1e-4)
+        (curve,) = log.Tensors(f"test_pr/{name}")
+        right, _, _, missed, _, _ = tensor_util.make_ndarray(curve.tensor_proto)
+        half = len(right) // 2  # the threshold of one half
+        assert right[half] == confusion[number][number]
+        assert right[half] + missed[half] == len(own)
+
+
+def test_checkpoints_are_loaded_as_mere_weights(run, monkeypatch):
+    loaded, load = [], torch.load
+
+    def noted(*arguments, **options):
+        loaded.append(options.get("weights_only"))
+        return load(*arguments, **options)
+
+    monkeypatch.setattr("torch.load", noted)
+    run(debug=True)
+    assert len(loaded) > 1 and {*loaded} == {True}
+
+
+def test_only_the_first_process_finishes(run, monkeypatch):
+    calls = []
+    second = types.SimpleNamespace(
+        is_global_zero=False,
+        fit=lambda *_, **__: calls.append("fit"),
+        test=lambda *_, **__: calls.append("test"),
+    )
+    monkeypatch.setattr(main, "make_trainer", lambda *_: second)
+    monkeypatch.setattr(main, "finish", lambda *_: calls.append("finish"))
+    run()
+    assert calls == ["fit", "test"]
+
+
 # The exported model
 
 
 @pytest.mark.parametrize("truncation", ["tail", "head"])
 def test_the_exported_model_has_the_accuracy_that_results_say(
-    trained: pathlib.Path, run: Run, reviews: str, truncation: str
-) -> None:
+    trained, run, reviews, truncation
+):
     default = SETTINGS["truncation"] == truncation
     folder = trained if default else run(truncation=truncation)
     test = main.load_samples(reviews, SETTINGS["percent"], SETTINGS["seed"])["test"]
@@ -160,9 +244,7 @@ def test_the_exported_model_has_the_accuracy_that_results_say(
     assert 0 < right < len(test)  # else labels could be exchanged unnoticed
 
 
-def test_the_model_card_holds_what_the_hub_reads(
-    trained: pathlib.Path, reviews: str
-) -> None:
+def test_the_model_card_holds_what_the_hub_reads(trained, reviews):
     results, folder = read_results(trained), trained / "model"
     local = huggingface_hub.ModelCard.load(folder / "README.md").data
     (result,) = local.eval_results
@@ -183,9 +265,7 @@ def test_the_model_card_holds_what_the_hub_reads(
     assert (local.datasets, local.base_model) == (None, None)  # they are no Hub names
 
 
-def test_the_best_epoch_is_tested_and_exported_not_the_last(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_best_epoch_is_tested_and_exported_not_the_last(run, monkeypatch):
     validate, first = Module.validation_step, {}
 
     def worse_and_worse(module: Module, batch: dict, batch_idx: int) -> None:
@@ -215,9 +295,7 @@ def test_the_best_epoch_is_tested_and_exported_not_the_last(
     assert not last["state_dict"][f"bert.{name}"].equal(first[name])
 
 
-def test_three_classes_of_a_csv_are_trained_and_named(
-    run: Run, tmp_path: pathlib.Path
-) -> None:
+def test_three_classes_of_a_csv_are_trained_and_named(run, tmp_path):
     words = {
         "so-so": demo.WORDS[0].split()[8:16],
         "bad": demo.WORDS[1].split(),
@@ -241,9 +319,7 @@ def test_three_classes_of_a_csv_are_trained_and_named(
     assert label(model, texts[:6]) == labels[:6]
 
 
-def test_a_learnable_set_is_learned(
-    run: Run, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_a_learnable_set_is_learned(run, tmp_path_factory):
     reviews = demo.make_reviews(tmp_path_factory.mktemp("more"), 600, 200, sure=1)
     folder = run(dataset=reviews, percent=100, batch_size=16)
     results = read_results(folder)
@@ -255,8 +331,8 @@ def test_a_learnable_set_is_learned(
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
-    trained: pathlib.Path, run: Run, tmp_path: pathlib.Path
-) -> None:
+    trained, run, tmp_path
+):
     torch.rand(1)
     again, other = run(), run(seed=4, logdir=str(tmp_path / "other"))
     weights = [
@@ -268,7 +344,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
     assert metrics[0] == metrics[1] != metrics[2]
 
 
-def test_earlier_logs_are_moved_and_not_lost(run: Run, tmp_path: pathlib.Path) -> None:
+def test_earlier_logs_are_moved_and_not_lost(run, tmp_path):
     earlier = tmp_path / "logs/imdb/version_0"
     (earlier / "model").mkdir(parents=True)
     (earlier / "model/config.json").write_text("{}")
@@ -289,9 +365,7 @@ def test_earlier_logs_are_moved_and_not_lost(run: Run, tmp_path: pathlib.Path) -
     assert (tmp_path / "logs" / "mine.txt").read_text() == "no run's"
 
 
-def test_a_tilde_is_the_home_for_all_that_a_run_leaves(
-    run: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tilde_is_the_home_for_all_that_a_run_leaves(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     run(logdir="~/logs", debug=True)
@@ -301,8 +375,8 @@ def test_a_tilde_is_the_home_for_all_that_a_run_leaves(
 
 
 def test_debug_walks_the_whole_way_and_leaves_other_runs_alone(
-    run: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    run, tmp_path, monkeypatch
+):
     other = tmp_path / "logs/imdb/version_0/results.json"
     other.parent.mkdir(parents=True)
     other.write_text("of another run")
@@ -324,7 +398,7 @@ def test_debug_walks_the_whole_way_and_leaves_other_runs_alone(
     assert {path.name for path in tmp_path.iterdir()} == {"logs"}
 
 
-def test_importing_main_touches_nothing(tmp_path: pathlib.Path) -> None:
+def test_importing_main_touches_nothing(tmp_path):
     earlier = tmp_path / "logs/imdb/version_0/results.json"
     earlier.parent.mkdir(parents=True)
     earlier.write_text("an earlier result")
@@ -344,9 +418,8 @@ def test_importing_main_touches_nothing(tmp_path: pathlib.Path) -> None:
 
 
 def test_the_command_tells_the_data_each_epoch_and_the_result(
-    commanded: tuple[pathlib.Path, list[str], subprocess.CompletedProcess[str]],
-    trained: pathlib.Path,
-) -> None:
+    commanded, trained, reviews, bert
+):
     folder, _, done = commanded
     assert (done.returncode, done.stderr) == (0, "")
     run = folder / "logs/imdb/version_0"
@@ -358,6 +431,14 @@ def test_the_command_tells_the_data_each_epoch_and_the_result(
     for epoch in (0, 1):
         line = rf"Epoch {epoch} .*train_loss [\d.]+ .*val_acc [\d.]+ "
         assert re.search(line, done.stdout)
+    tokenizer = transformers.BertTokenizer.from_pretrained(bert)
+    samples = main.load_samples(reviews, SETTINGS["percent"], SETTINGS["seed"])
+    texts = [text for sample in samples.values() for text in sample["text"]]
+    lengths = [len(piece_ids(tokenizer, text, 999, "head")) for text in texts]
+    cut = sum(length > SETTINGS["seq_length"] for length in lengths) / len(lengths)
+    assert 0.1 < cut < 0.9
+    line = f"{100 * cut:.0f} % are longer than 40 word-pieces and cut (head)\n"
+    assert line in done.stdout
     low, high = (100 * bound for bound in results["metrics"]["test_acc_interval"])
     share = f"{100 * results['metrics']['test_acc']:.2f} %"
     end = done.stdout[done.stdout.index("Test ") :]
@@ -373,13 +454,8 @@ def test_the_command_tells_the_data_each_epoch_and_the_result(
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "txt", "-"])
 def test_predict_labels_each_review_in_order_as_the_pipeline_does(
-    trained: pathlib.Path,
-    reviews: str,
-    tmp_path: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    kind: str,
-) -> None:
+    trained, reviews, tmp_path, monkeypatch, capsys, kind
+):
     path = pathlib.Path(reviews, "test.parquet")
     texts = datasets.Dataset.from_parquet(str(path))["text"][30:60]
     file = str(tmp_path / f"test.{kind}")
@@ -407,10 +483,8 @@ def test_predict_labels_each_review_in_order_as_the_pipeline_does(
 
 
 def test_labels_of_another_model_are_read_in_the_order_of_their_numbers(
-    trained: pathlib.Path,
-    tmp_path: pathlib.Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    trained, tmp_path, capsys
+):
     model = shutil.copytree(trained, tmp_path / "imdb" / "version_0") / "model"
     (tmp_path / "new.txt").write_text("a fine film\nan awful film\n")
     rows = []
@@ -422,11 +496,27 @@ def test_labels_of_another_model_are_read_in_the_order_of_their_numbers(
     assert rows[0] == rows[1] and rows[0].startswith("label,neg,pos\n")
 
 
-def test_the_demo_shows_a_run_that_learns(
-    tmp_path: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_predict_names_many_classes_in_the_order_of_their_numbers(
+    bert, tmp_path, capsys
+):
+    names = [f"class {number}" for number in range(12)]
+    model = transformers.BertForSequenceClassification.from_pretrained(
+        bert,
+        id2label=dict(enumerate(names)),
+        label2id={name: number for number, name in enumerate(names)},
+    )
+    model.save_pretrained(tmp_path / "model")
+    transformers.BertTokenizer.from_pretrained(bert).save_pretrained(tmp_path / "model")
+    texts = ["a fine film", "an awful film", "it was", "the plot!"]
+    (tmp_path / "new.txt").write_text("\n".join(texts))
+    capsys.readouterr()
+    call(predict=str(tmp_path / "new.txt"), model=str(tmp_path / "model"))
+    header, *rows = csv.reader(capsys.readouterr().out.splitlines())
+    assert header == ["label", *names]
+    assert [row[0] for row in rows] == label(tmp_path / "model", texts)
+
+
+def test_the_demo_shows_a_run_that_learns(tmp_path, monkeypatch, capsys):
     logs = tmp_path / "other" / "logs"
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["demo.py", "--epochs=2", f"--logdir={logs}"])
