@@ -388,6 +388,9 @@ def tokenise(samples: Any, tokenizer: Any, seq_length: int, truncation: str) -> 
 class LengthGroupedBatches(torch.utils.data.Sampler):
     """Draws batches of reviews of like length, each review once, the longest first.
 
+    Two of them lead, as the first step has no optimiser's state yet: so the first
+    steps hold about as much memory as any that follows.
+
     The plan follows from (seed, epoch) alone, so a resumed epoch makes it again and
     skips what is done: that makes resuming exact. Each process takes every
     `world_size`-th batch of it; sizes differ by one review at most.
@@ -421,7 +424,8 @@ class LengthGroupedBatches(torch.utils.data.Sampler):
             # A jitter of 1 % makes new batches every epoch, for little padding.
             jitter = torch.rand(len(lengths), generator=generator, dtype=torch.double)
             lengths = lengths * (1 + jitter / 100)
-            order[1:] = 1 + torch.randperm(len(self) - 1, generator=generator)
+            shuffled = torch.randperm(max(0, len(self) - 2), generator=generator)
+            order[2:] = 2 + shuffled
         rows = lengths.argsort(descending=True, stable=True)
         batches = rows.tensor_split(len(self) * self.world_size)
         return [batches[self.world_size * i + self.rank].tolist() for i in order]
@@ -553,13 +557,51 @@ def cast_once(module: torch.nn.Module, args: Any, out: torch.Tensor) -> torch.Te
     return out.bfloat16() if torch.is_autocast_enabled("cpu") else out
 
 
+class Recomputed(torch.autograd.Function):
+    """Attention whose probabilities are computed again for the gradient, by review.
+
+    Those of one review stay in the cache; those of a batch of 512 word-pieces would
+    be a third of a step's memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any, bias: Any) -> torch.Tensor:
+        ctx.save_for_backward(q, k, v, bias)
+        out = torch.empty_like(q)  # [B, heads, T, H / heads], as q, k and v
+        for i in range(len(q)):
+            p = (q[i] @ k[i].mT + bias[i]).softmax(-1)  # [heads, T, T]
+            torch.matmul(p, v[i], out=out[i])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+        q, k, v, bias = ctx.saved_tensors
+        dq = torch.empty_like(q)
+        dk = torch.empty_like(k)
+        dv = torch.empty_like(v)
+        for i in range(len(q)):
+            p = (q[i] @ k[i].mT + bias[i]).softmax(-1)
+            dp = grad[i] @ v[i].mT
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+            torch.matmul(ds, k[i], out=dq[i])
+            torch.matmul(ds.mT, q[i], out=dk[i])
+            torch.matmul(p.mT, grad[i], out=dv[i])
+        return dq, dk, dv, None
+
+
 def attend(
     module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **_: Any
 ) -> tuple[torch.Tensor, None]:
-    """Attention that keeps nothing for its gradient but probabilities in bf16."""
-    scores = query * scaling @ key.transpose(-1, -2)  # [B, heads, T, T]
-    scores += torch.where(mask, 0.0, -torch.inf).to(scores.dtype)
-    return (scores.softmax(-1) @ value).transpose(1, 2), None
+    """Attention in bf16: of all that it computes, only probabilities are kept."""
+    query = query * scaling
+    bias = torch.where(mask, 0.0, -torch.inf).to(query.dtype)  # [B, 1, 1, T]
+    if query.shape[2] > 256:
+        context = Recomputed.apply(query, key, value, bias)
+    else:
+        scores = query @ key.mT  # [B, heads, T, T]
+        scores += bias
+        context = scores.softmax(-1) @ value
+    return context.transpose(1, 2), None
 
 
 def choose_attention(bert: torch.nn.Module, args: Any) -> None:

@@ -87,6 +87,36 @@ def test_logits_and_gradients_equal_those_of_plain_transformers(
         )
 
 
+@pytest.mark.parametrize("length, keeps", [(256, True), (257, False)])
+def test_attention_of_long_reviews_keeps_no_probabilities(length, keeps):
+    torch.manual_seed(3)
+    shape = (2, 2, length, 3)  # [B, heads, T, H / heads]
+    q, k, v, grad = torch.randn(4, *shape, dtype=torch.double)
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    mask = torch.arange(length) < torch.tensor([length, 200])[:, None]
+    mask = mask[:, None, None]  # [B, 1, 1, T]
+    kept = []
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    with hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        ours, _ = main.attend(None, *inputs, mask, 0.7)
+    assert (max(kept) == 2 * 2 * length * length) == keeps
+    ours.transpose(1, 2).backward(grad)
+    plain = [x.clone().requires_grad_() for x in (q, k, v)]
+    theirs = F.scaled_dot_product_attention(*plain, mask, scale=0.7)
+    theirs.backward(grad)
+    torch.testing.assert_close(ours.transpose(1, 2), theirs)
+    for one, other in zip(inputs, plain, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_the_first_two_batches_are_the_longest_and_the_others_shuffled(module):
+    lengths = torch.arange(200)
+    plan = main.LengthGroupedBatches(lengths, 8, seed=3).plan()
+    means = [lengths[batch].double().mean().item() for batch in plan]
+    assert means[:2] == sorted(means, reverse=True)[:2]
+    assert means[2:] != sorted(means[2:], reverse=True)
+
+
 @pytest.mark.parametrize(
     "precision, training", [("bf16-mixed", "plain"), ("32-true", "sdpa")]
 )

@@ -35,7 +35,7 @@ def arguments(bert, reviews):
         "--percent=100",
         "--seq_length=40",
         "--batch_size=8",
-        "--lr=0.002",
+        "--lr=0.003",
         "--precision=32-true",
         f"--epochs={EPOCHS}",
     ]
