@@ -189,21 +189,22 @@ def check_name(flag: str, name: str, look_up: Callable) -> None:
     """Refuses what is neither a local folder nor, within seconds, found on the Hub."""
     if os.path.isdir(name):
         return
-    found = f"--{flag}={name}: no such folder"
     if os.path.isfile(name):
-        refuse(f"{found}, but a file: give the folder that holds it")
+        refuse(f"--{flag}={name}: no such folder: give the folder that holds it")
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        refuse(f"{found}, and no Hub name, owner/name")
+        refuse(f"--{flag}={name}: no such folder, and no Hub name, owner/name")
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return
-    advice = "give --dataset and --model local folders, or set HF_HUB_OFFLINE=1"
     try:
         look_up(name, timeout=5)
     except huggingface_hub.errors.RepositoryNotFoundError:
-        refuse(f"{found}, and no such {flag} on the Hub")
+        refuse(f"--{flag}={name}: no such folder, and no such {flag} on the Hub")
     except huggingface_hub.errors.HTTPError as error:
         why = " ".join(str(error).split())
-        refuse(f"{found}, and the network does not reach the Hub ({why}): {advice}")
+        refuse(
+            f"--{flag}={name}: no such folder, and the Hub does not answer ({why}): "
+            "give --dataset and --model local folders, or set HF_HUB_OFFLINE=1"
+        )
 
 
 def find_files(folder: str) -> dict[str, pathlib.Path]:
@@ -214,8 +215,8 @@ def find_files(folder: str) -> dict[str, pathlib.Path]:
         if part not in ("train", "test") or f".{ending.lower()}" not in READERS:
             continue
         if part in files:
-            both = f"{files[part].name} and {path.name}"
-            refuse(f"--dataset={folder}: expected one {part} file, found {both}")
+            names = [files[part].name, path.name]
+            refuse(f"--dataset={folder}: expected one {part} file, found {names}")
         files[part] = path
     return files
 
@@ -281,8 +282,8 @@ def match_labels(flag: str, splits: Samples) -> Samples:
         refuse(f"{flag}: expected two classes or more, train has only {found}")
     unknown = sorted({*names["test"]} - {*classes.names})
     if unknown:
-        known = f"train's are {classes.names[:SHOWN]}"
-        refuse(f"{flag}: expected labels that train has, test has {unknown}; {known}")
+        known = classes.names[:SHOWN]
+        refuse(f"{flag}: expected labels of train's {known}, test has {unknown}")
     for part, split in splits.items():
         if split.features["label"] != classes:
             numbers = classes.str2int(names[part])
@@ -314,8 +315,8 @@ def load_splits(dataset: str) -> Samples:
 def stratified(reviews: Reviews, percent: int, seed: int) -> tuple[Reviews, Reviews]:
     """Draws a percentage of reviews, stratified by class; returns it and the rest."""
     size = round(len(reviews) * percent / 100)
-    few = f"too few reviews to draw {size} of {len(reviews)}, give more of them"
-    with refusing(f"{few} or raise --percent", ValueError):
+    few = "too few reviews, give more of them or raise --percent"
+    with refusing(f"{few}: cannot draw {size} of {len(reviews)}", ValueError):
         parts = reviews.train_test_split(
             train_size=size, seed=seed, stratify_by_column="label"
         )
@@ -347,12 +348,6 @@ def fingerprint(samples: Samples) -> str:
     return digest.hexdigest()
 
 
-def head_room(seq_length: int, truncation: str) -> int:
-    """Returns how many word-pieces the beginning of a long review gets."""
-    room = seq_length - 2  # [CLS] and [SEP]
-    return {"head": room, "tail": 0, "head_tail": room // 4}[truncation]
-
-
 def tokenise(samples: Any, tokenizer: Any, seq_length: int, truncation: str) -> Any:
     """Turns texts into word-pieces, at most `seq_length`; cached on disk by `datasets`.
 
@@ -360,8 +355,8 @@ def tokenise(samples: Any, tokenizer: Any, seq_length: int, truncation: str) -> 
         `samples` with the columns `row` (number of the review), `input_ids`, `length`,
         and `cut` (word-pieces cut away) instead of `text`.
     """
-    room = seq_length - 2
-    head = head_room(seq_length, truncation)
+    room = seq_length - 2  # [CLS] and [SEP]
+    head = {"head": room, "tail": 0, "head_tail": room // 4}[truncation]
     cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
 
     # Its variables name the cache: `self` or FLAGS among them, it is not found again.
@@ -446,8 +441,7 @@ def check_config(model: str, seq_length: int) -> dict:
         config, _ = transformers.PretrainedConfig.get_config_dict(model)
     kind = config.get("model_type")
     if kind != "bert":
-        found = f"found model_type {kind}"
-        refuse(f"--model={model}: expected a BERT's config.json, {found}")
+        refuse(f"--model={model}: expected a BERT's config.json, found {kind}'s")
     if config.get("is_decoder") or config.get("add_cross_attention"):
         refuse(f"--model={model}: expected an encoder, found a decoder")
     positions = config.get("position_embedding_type") or "absolute"
@@ -461,21 +455,20 @@ def check_config(model: str, seq_length: int) -> dict:
 
 def load_tokenizer(model: str, config: dict) -> transformers.BertTokenizer:
     """Loads a tokenizer that drops `<br />` tags and reads "[SEP]" as plain text."""
-    flag = f"--model={model}"
-    with refusing(f"{flag}: expected a tokenizer", OSError, ValueError):
+    with refusing(f"--model={model}: expected a tokenizer", OSError, ValueError):
         tokenizer = transformers.BertTokenizer.from_pretrained(
             model, split_special_tokens=True
         )
     # With its files missing, transformers makes one that knows special tokens only.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        refuse(f"{flag}: expected a tokenizer, found no vocabulary")
+        refuse(f"--model={model}: expected a tokenizer, found no vocabulary")
     pad = config.get("pad_token_id", 0)
-    if tokenizer.pad_token_id != pad:
-        found = f"the tokenizer's is {tokenizer.pad_token_id}"
-        refuse(f"{flag}: expected {pad} as pad_token_id, {found}")
+    own = tokenizer.pad_token_id
+    if own != pad:
+        refuse(f"--model={model}: its pad_token_id is {pad}, its tokenizer's {own}")
     size = config.get("vocab_size", 30522)
     if len(tokenizer) > size:
-        refuse(f"{flag}: {len(tokenizer)} word-pieces, but only {size} embeddings")
+        refuse(f"--model={model}: {len(tokenizer)} word-pieces, {size} embeddings")
     backend = tokenizer.backend_tokenizer
     tags = tokenizers.normalizers.Replace(tokenizers.Regex(r"<br\s*/?>"), " ")
     backend.normalizer = tokenizers.normalizers.Sequence([tags, backend.normalizer])
@@ -962,9 +955,11 @@ class LastCheckpoint(pl.callbacks.Checkpoint):
 
     def stop(self, signum: int, *_: Any) -> None:
         logdir = shlex.quote(str(pathlib.Path(self.path).parents[3]))
-        command = f"python main.py --resume --logdir={logdir}"
-        how = f"{self.done} and saved in {self.path}; to go on from there: {command}"
-        stop(signum, how=f"; {how}")
+        stop(
+            signum,
+            how=f"; {self.done} and saved in {self.path}; "
+            f"to go on from there: python main.py --resume --logdir={logdir}",
+        )
 
 
 @contextlib.contextmanager
@@ -1039,8 +1034,7 @@ def check_processes(wanted: int, num_nodes: int) -> None:
     if started is None and num_nodes > 1:
         refuse(f"--num_nodes={num_nodes}: start each by torchrun or SLURM")
     if started not in (None, str(wanted)):
-        both = f"--devices times --num_nodes is {wanted}"
-        refuse(f"WORLD_SIZE: {started} processes started, {both}")
+        refuse(f"WORLD_SIZE is {started}, but --devices times --num_nodes is {wanted}")
 
 
 # Results: said at the start, on the way and at the end; drawn, written and computed.
@@ -1070,16 +1064,17 @@ def describe(module: IMDBSentimentClassifier, trainer: pl.Trainer) -> None:
         say(f"  {part:8}{sum(counts.values()):,} reviews: {commas(counts)}")
     say(f"          {module.leaks:,} of test stand in train word for word")
     cuts = [cut > 0 for sample in module.samples.values() for cut in sample["cut"][:]]
-    share = f"{100 * sum(cuts) / len(cuts):.0f} %"
-    limit = f"{hp.seq_length} word-pieces"
-    say(f"          {share} are longer than {limit} and cut ({hp.truncation})")
+    share = 100 * sum(cuts) / len(cuts)
+    limit = hp.seq_length
+    how = hp.truncation
+    say(f"          {share:.0f} % are longer than {limit} word-pieces and cut ({how})")
     size = sum(p.numel() for p in module.parameters()) / 1e6
+    processes = trainer.world_size
     device = trainer.strategy.root_device.type
     say(f"Model     {hp.model}")
-    where = f"{trainer.world_size} x {device}, {hp.precision}"
-    say(f"          {size:.1f} M parameters, {where}")
+    say(f"          {size:.1f} M parameters, {processes} x {device}, {hp.precision}")
     steps = trainer.num_training_batches
-    batch = hp.batch_size * trainer.world_size
+    batch = hp.batch_size * processes
     say(f"Training  {trainer.max_epochs} epochs of {steps:,} steps of {batch} reviews")
 
 
@@ -1104,8 +1099,8 @@ class Terminal(pl.callbacks.Callback):
     on_test_start = begin
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        name = f"Epoch {trainer.current_epoch}"
-        self.tell(trainer, name, args[3] + 1, trainer.num_training_batches)
+        steps = trainer.num_training_batches
+        self.tell(trainer, f"Epoch {trainer.current_epoch}", args[3] + 1, steps)
 
     def on_test_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         self.tell(trainer, "Test   ", args[3] + 1, trainer.num_test_batches[0])
@@ -1131,11 +1126,12 @@ class Terminal(pl.callbacks.Callback):
         # There are none where a resumed run skips validation.
         if sys.stdout.isatty() or "val_acc" not in figures:
             return
-        line = f"Epoch {trainer.current_epoch} "
+        line = ""
         for name in ("train_loss", "train_acc", "val_loss", "val_acc"):
             value = figures.get(f"{name}_epoch", figures[name])
             line += f"  {name} {value:.4f}"
-        say(f"{line}  speed {figures['speed']:,.0f}")
+        line += f"  speed {figures['speed']:,.0f}"
+        say(f"Epoch {trainer.current_epoch} {line}")
 
 
 class ProgressBar(pl.callbacks.TQDMProgressBar):
@@ -1202,8 +1198,7 @@ def say_results(results: dict, folder: pathlib.Path) -> None:
     low, high = scores["test_acc_interval"]
     size = sum(results["samples"]["test"].values())
     accuracy = f"accuracy {100 * scores['test_acc']:.2f} % of {size:,} reviews"
-    interval = f"95 % interval {100 * low:.2f} to {100 * high:.2f} %"
-    say(f"\nTest      {accuracy} ({interval})")
+    say(f"\nTest      {accuracy} (95 % interval {100 * low:.2f} to {100 * high:.2f} %)")
     epoch = results["best_epoch"]
     say(f"          scored once, on epoch {epoch}, the best by validation")
     baseline = results["baseline"]
@@ -1232,8 +1227,8 @@ def draw(module: IMDBSentimentClassifier, results: dict) -> None:
         own = labels == number
         log.add_pr_curve(f"test_pr/{name}", own, probabilities[:, number], step)
         if own.any():
-            tag = f"test_probability_of_true_class/{name}"
-            log.add_histogram(tag, probabilities[own, number], step)
+            true = probabilities[own, number]
+            log.add_histogram(f"test_probability_of_true_class/{name}", true, step)
     lines = [["true / predicted", *names], ["---"] * (1 + len(names))]
     for name, row in zip(names, results["confusion"] or [], strict=False):
         lines.append([name, *row])
@@ -1275,13 +1270,9 @@ def model_card(results: dict) -> str:
     name = os.path.basename(os.path.abspath(recipe["dataset"]))
     dataset = name if is_local else recipe["dataset"]
     result = huggingface_hub.EvalResult(
-        "text-classification",
-        dataset,
-        name,
-        "accuracy",
-        scores["test_acc"],
-        dataset_split="test",
+        "text-classification", dataset, name, "accuracy", scores["test_acc"]
     )
+    result.dataset_split = "test"
     card = huggingface_hub.ModelCardData(
         library_name="transformers",
         pipeline_tag="text-classification",
@@ -1393,8 +1384,8 @@ def train(settings: dict, run: pathlib.Path, debug: bool, step: int | None) -> N
     samples = load_samples(settings["dataset"], settings["percent"], settings["seed"])
     smallest = min(len(sample) for sample in samples.values())
     if processes > smallest:
-        few = f"the smallest sample has {smallest} reviews"
-        refuse(f"{processes} processes, {few}: lower --devices")
+        few = "reviews in the smallest sample: lower --devices"
+        refuse(f"{processes} processes, but {smallest} {few}")
     module = make_module(settings, samples["train"].features["label"].names)
     with refusing("--devices", pl.utilities.exceptions.MisconfigurationException):
         trainer = make_trainer(settings, run, debug, step)

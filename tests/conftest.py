@@ -123,7 +123,7 @@ def bert(tmp_path_factory):
 @pytest.fixture(scope="session")
 def reviews(tmp_path_factory):
     """A folder with 260 reviews to train on and 94 to test."""
-    return demo.make_reviews(tmp_path_factory.mktemp("reviews"), 260, 94, sure=0.9)
+    return demo.make_reviews(tmp_path_factory.mktemp("reviews"), 260, 94, sure=0.97)
 
 
 @pytest.fixture

@@ -213,7 +213,7 @@ def test_flags_that_do_not_fit_are_refused(refused, case):
 
 
 ENVIRONMENT = {
-    "fewer": ({"WORLD_SIZE": "2"}, ["2 processes", "--num_nodes is 1"]),
+    "fewer": ({"WORLD_SIZE": "2"}, ["WORLD_SIZE is 2", "--num_nodes is 1"]),
     "no number": ({"WORLD_SIZE": "abc"}, ["WORLD_SIZE", "abc", "--num_nodes is 1"]),
     "a rank alone": ({"RANK": "1"}, ["RANK", "WORLD_SIZE"]),
     "the first rank alone": ({"RANK": "0"}, ["RANK", "WORLD_SIZE"]),
@@ -335,10 +335,11 @@ MODELS = {
     "a decoder": Case(["encoder", "decoder"], {C: edit(is_decoder=True)}),
     "relative positions": Case(
         ["absolute", "relative"], {C: edit(position_embedding_type="relative_key")}),
-    "another padding": Case(["3 as pad_token_id", "is 0"], {C: edit(pad_token_id=3)}),
-    "no padding": Case(["None as pad_token_id"], {C: edit(pad_token_id=None)}),
+    "another padding": Case(
+        ["pad_token_id is 3", "tokenizer's 0"], {C: edit(pad_token_id=3)}),
+    "no padding": Case(["pad_token_id is None"], {C: edit(pad_token_id=None)}),
     "another padding of the tokenizer": Case(
-        ["0 as pad_token_id", "is 3"],
+        ["pad_token_id is 0", "tokenizer's 3"],
         {"model/tokenizer_config.json": edit(pad_token="[SEP]")}),
     "no weights": Case(["model.safetensors"], {W: None}),
     "all but the last of the weights": Case(["safetensors"], {W: lambda all: all[:-9]}),
@@ -484,7 +485,7 @@ DATA = {
     "no test file": Case(["['train']"], {"data/test.csv": None}),
     "no train file": Case(["['test']"], {"data/train.csv": None}),
     "csv and jsonl": Case(
-        ["one train file", "train.csv and train.jsonl"], {"data/train.jsonl": JSONL}),
+        ["one train file", "train.csv", "train.jsonl"], {"data/train.jsonl": JSONL}),
     "only texts, like aclImdb": Case(["label", "['text']"], {"data/*": None} | {
         f"data/{part}/{kind}/{n}.txt": "film" for part in ("train", "test")
         for kind in ("pos", "neg") for n in range(3)}),

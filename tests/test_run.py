@@ -95,7 +95,8 @@ def test_results_hold_metrics_sizes_flags_and_versions(trained, bert, reviews):
     assert results["versions"]["transformers"] == transformers.__version__
     assert 0 < results["seconds"] < 120
     low, high = results["metrics"]["test_acc_interval"]
-    assert 0.2 < high - low < 0.3  # of 47 reviews
+    interval = main.wilson(results["metrics"]["test_acc"], 47)
+    assert [low, high] == pytest.approx(interval)
     assert low < results["metrics"]["test_acc"] < high
     sizes = results["samples"]["test"]
     assert results["baseline"]["test_acc"] == max(sizes.values()) / 47
@@ -457,7 +458,7 @@ def test_predict_labels_each_review_in_order_as_the_pipeline_does(
     trained, reviews, tmp_path, monkeypatch, capsys, kind
 ):
     path = pathlib.Path(reviews, "test.parquet")
-    texts = datasets.Dataset.from_parquet(str(path))["text"][30:60]
+    texts = datasets.Dataset.from_parquet(str(path))["text"][::3]
     file = str(tmp_path / f"test.{kind}")
     if kind == "-":
         file = "-"
