@@ -279,7 +279,6 @@ def demo(samples: Samples, training: Meter, testing: Meter) -> float:
 
 
 def bare(samples: Samples, training: Meter, testing: Meter) -> float:
-    main.keep_freed_memory()
     torch.set_float32_matmul_precision("high")
     settings = {f.name: f.value for f in FLAGS.get_key_flags_for_module("main")}
     settings = {k: v for k, v in settings.items() if k not in main.RUN_FLAGS}
