@@ -997,7 +997,7 @@ def check_resume(checkpoints: pathlib.Path, given: dict) -> tuple[dict, int]:
         refuse(f"--resume: nothing to resume, found no {last}")
     broken = (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError)
     with refusing(f"--resume: {last} is no whole checkpoint of a run", *broken):
-        checkpoint = torch.load(last, "cpu", mmap=True, weights_only=True)
+        checkpoint = {**torch.load(last, "cpu", mmap=True, weights_only=True)}
         stored = dict(checkpoint["hyper_parameters"])
         step = checkpoint["global_step"]
         scored = checkpoint["val"]  # unless it was saved in the first epoch
