@@ -296,6 +296,18 @@ def test_the_best_epoch_is_tested_and_exported_not_the_last(run, monkeypatch):
     assert not last["state_dict"][f"bert.{name}"].equal(first[name])
 
 
+def test_of_equal_epochs_the_later_is_kept(run, monkeypatch):
+    validate = Module.validation_step
+
+    def all_right(module: Module, batch: dict, batch_idx: int) -> None:
+        labels = module(batch["input_ids"]).argmax(-1)
+        validate(module, batch | {"labels": labels}, batch_idx)
+
+    monkeypatch.setattr(Module, "validation_step", all_right)
+    results = read_results(run())
+    assert (results["best_epoch"], results["metrics"]["val_acc"]) == (1, 1)
+
+
 def test_three_classes_of_a_csv_are_trained_and_named(run, tmp_path):
     words = {
         "so-so": demo.WORDS[0].split()[8:16],
