@@ -3,13 +3,13 @@
     python main.py --debug                     the whole way on one batch, in seconds
     python main.py --percent=50 --epochs=10    half of IMDB; the default is 5 %
     python main.py --dataset=FOLDER            own reviews: train.csv and test.csv (or
-                                               tsv, jsonl, parquet) with text and label
+                                               jsonl, parquet) with text and label
     python main.py --resume                    go on with an interrupted run
     python main.py --predict=FILE              label new reviews with the last model
     tensorboard --logdir logs                  look at the run
 
 Shapes: B reviews in a batch, N in a sample; T word-pieces of a batch's longest review,
-with [CLS], [SEP] and padding to eights; H the width of the model; C classes.
+with [CLS], [SEP] and padding; H the width of the model; C classes.
 
 [1] Devlin et al. 2019, BERT: https://arxiv.org/abs/1810.04805
 [2] Sun et al. 2019, How to Fine-Tune BERT: https://arxiv.org/abs/1905.05583
@@ -19,7 +19,6 @@ with [CLS], [SEP] and padding to eights; H the width of the model; C classes.
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import glob
 import hashlib
@@ -30,7 +29,6 @@ import os
 import pathlib
 import pickle
 import re
-import shlex
 import signal
 import sys
 import time
@@ -53,12 +51,13 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import torchmetrics
+import tqdm
 import transformers
-import yaml
 from absl import app, flags
 from pytorch_lightning.plugins.environments import SLURMEnvironment
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
-from torch.nn.utils.rnn import pad_sequence
+from pytorch_lightning.utilities import rank_zero_only
+from torchmetrics.functional import classification
+from transformers.integrations import sdpa_attention
 from transformers.models.bert import modeling_bert
 
 Batch = dict[str, torch.Tensor]
@@ -70,24 +69,17 @@ RUN_FLAGS = ("debug", "predict", "resume", "logdir")
 SAVE_EVERY = 600  # seconds after which the next step writes `last.ckpt`
 LOG_EVERY = 10  # steps: to log, the host waits for the device
 SAY_EVERY = 60  # seconds between two lines of progress, at least
-SHOWN = 20  # classes that terminal and TensorBoard show, at most
-READERS = {
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".parquet": ("parquet", {}),
-}
+SHOWN = 20  # classes, and errors, shown at most
+KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+COLUMNS = {"text": {"str"}, "label": {"str", "int"}}
+UNSAVED = (OSError, safetensors.SafetensorError)
 UNREADABLE = (
-    datasets.exceptions.DatasetsError,
     OSError,
     RuntimeError,
     StopIteration,
     ValueError,
-    yaml.YAMLError,
+    datasets.exceptions.DatasetsError,
 )
-TEXT = r"(large_)?string"  # Arrow's types
-LABEL = TEXT + r"|u?int\d+"
 
 # fmt: off
 # Data
@@ -121,7 +113,7 @@ flags.DEFINE_float("warmup", 0.1,
 flags.DEFINE_boolean("debug", False,
     "Walk the whole way on one batch of each sample, in LOGDIR/debug.")
 flags.DEFINE_string("predict", None,
-    "Csv, tsv, jsonl, parquet with text, or txt by line; - is stdin.")
+    "Csv, jsonl or parquet with text, or txt by line; - is stdin.")
 flags.DEFINE_boolean("resume", False,
     "Go on with the run in LOGDIR, under its flags.")
 flags.DEFINE_integer("seed", 0,
@@ -139,20 +131,14 @@ flags.DEFINE_enum("strategy", "auto", ["auto", "ddp"],
 # fmt: on
 
 
-def is_rate(value: float) -> bool:
-    return 0 < value < 1  # refuses NaN too, which passes absl's bounds
+@flags.multi_flags_validator(
+    ["lr", "momentum", "weight_decay", "warmup"], "each is at least 0 and below 1"
+)
+def are_shares(values: dict[str, float]) -> bool:
+    return all(0 <= value < 1 for value in values.values())  # refuses NaN too
 
 
-def is_share(value: float) -> bool:
-    return 0 <= value < 1
-
-
-flags.register_validator("lr", is_rate, "must be between 0 and 1")
-for name in ("momentum", "weight_decay", "warmup"):
-    flags.register_validator(name, is_share, "must be at least 0, below 1")
-
-
-# Refusals and lines on the terminal.
+# Refusals, and lines on the terminal.
 
 
 def refuse(why: str) -> NoReturn:
@@ -171,9 +157,11 @@ def refusing(prefix: str, *errors: type[Exception]) -> Iterator[None]:
 
 
 @rank_zero_only
-def say(line: str) -> None:
+def say(head: str, text: str) -> None:
+    """Prints a line, above the bars if there are any."""
     try:
-        print(line, flush=True)
+        tqdm.tqdm.write(f"{head:10}{text}", file=sys.stdout)
+        sys.stdout.flush()
     except BrokenPipeError:  # of `| head`: its reader has gone, the run goes on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -184,145 +172,109 @@ say_once = functools.cache(say)
 # Data: from files or the Hub to samples, word-pieces and batches.
 
 
-def check_name(flag: str, name: str, look_up: Callable) -> None:
-    """Refuses what is neither a local folder nor, within seconds, found on the Hub."""
-    if os.path.isdir(name):
-        return
-    if os.path.isfile(name):
-        refuse(f"--{flag}={name}: no such folder: give the folder that holds it")
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        refuse(f"--{flag}={name}: no such folder, and no Hub name, owner/name")
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return
-    try:
-        look_up(name, timeout=5)
-    except huggingface_hub.errors.RepositoryNotFoundError:
-        refuse(f"--{flag}={name}: no such folder, and no such {flag} on the Hub")
-    except huggingface_hub.errors.HTTPError as error:
-        why = " ".join(str(error).split())
-        refuse(
-            f"--{flag}={name}: no such folder, and the Hub does not answer ({why}): "
-            "give --dataset and --model local folders, or set HF_HUB_OFFLINE=1"
-        )
-
-
-def find_files(folder: str) -> dict[str, pathlib.Path]:
-    """Returns the files `train.*` and `test.*` of a folder, and no neighbours."""
-    files = {}
-    for path in sorted(pathlib.Path(folder).iterdir()):
-        part, _, ending = path.name.partition(".")
-        if part not in ("train", "test") or f".{ending.lower()}" not in READERS:
-            continue
-        if part in files:
-            names = [files[part].name, path.name]
-            refuse(f"--dataset={folder}: expected one {part} file, found {names}")
-        files[part] = path
-    return files
+def check_name(flag: str, name: str) -> None:
+    """Refuses what is neither a folder nor a name that the Hub could know."""
+    is_hub_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)
+    if os.path.isfile(name) or not (os.path.isdir(name) or is_hub_name):
+        refuse(f"--{flag}={name}: expected a folder, or owner/name on the Hub")
 
 
 def read_file(flag: str, path: pathlib.Path) -> Reviews:
     """Reads one file; its content names the cache, as times and names come again."""
-    kind, options = READERS.get(path.suffix.lower(), ("text", {}))
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would ask the network
     with refusing(f"{flag}: expected reviews in {path}", *UNREADABLE):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
         return datasets.load_dataset(
-            kind,
+            KINDS.get(path.suffix.lower(), "text"),
             data_files=glob.escape(str(path)),
             split="train",
             cache_dir=os.path.join(datasets.config.HF_DATASETS_CACHE, content[:16]),
-            **options,
         )
 
 
-def select(flag: str, reviews: Reviews, **types: str) -> Reviews:
-    """Returns these columns alone; refuses one that lacks, or lacks values."""
+def check_columns(flag: str, reviews: Reviews, columns: dict) -> Reviews:
+    """Returns these columns alone; refuses one that lacks, or holds other values."""
     found = reviews.column_names
-    for column, type_ in types.items():
+    for column, expected in columns.items():
         # pandas calls a second column text text.1.
-        if found.count(column) != 1 or f"{column}.1" in found:
+        if column not in found or f"{column}.1" in found:
             refuse(f"{flag}: expected one column {column}, found {found}")
-        values = reviews.data.column(column)
-        if values.null_count:
-            lack = f"{values.null_count} of {len(reviews)} lack it"
-            hint = "a csv's NA, None and null are taken for missing"
-            refuse(f"{flag}: expected {column} in every row, {lack} ({hint})")
-        if not re.fullmatch(type_, str(values.type)):
-            kinds = "strings" if column == "text" else "strings or whole numbers"
-            refuse(f"{flag}: expected {column} as {kinds}, found {values.type}")
-    return reviews.select_columns([*types])
+        kinds = {type(value).__name__ for value in reviews[column]}
+        if not kinds <= expected:
+            refuse(f"{flag}: expected {column} as {expected}, found {sorted(kinds)}")
+    return reviews.select_columns([*columns])
 
 
 def name_labels(flag: str, split: Reviews) -> list[str]:
     """Returns the name of each review's label, without blanks around it."""
     labels = split["label"][:]
-    kind = split.features["label"]
-    if isinstance(kind, datasets.ClassLabel):
-        if min(labels, default=0) < 0:
-            refuse(f"{flag}: expected a label in every row, some have -1")
-        return kind.int2str(labels)
+    classes = split.features["label"]
+    if isinstance(classes, datasets.ClassLabel):
+        with refusing(f"{flag}: expected a label in every row", ValueError):  # -1
+            labels = classes.int2str(labels)
     names = [str(label).strip() for label in labels]
-    if {*names} != {str(label) for label in labels}:
-        say_once("Data      labels that differ by blanks around them are one class")
+    if len({*names}) < len({*labels}):
+        say_once("Data", "labels that differ by blanks around them are one class")
     return names
 
 
 def match_labels(flag: str, splits: Samples) -> Samples:
-    """Makes `label` one and the same `ClassLabel` in both splits, matched by name."""
+    """Makes `label` the same `ClassLabel` in both splits, matched by name."""
     names = {part: name_labels(f"{flag}: {part}", splits[part]) for part in splits}
-    classes = splits["train"].features["label"]
-    if not isinstance(classes, datasets.ClassLabel):
-        in_order = sorted({*splits["train"]["label"]})  # 9 before 10
-        unique = dict.fromkeys(str(label).strip() for label in in_order)
-        classes = datasets.ClassLabel(names=[*unique])
-    if len({*names["train"]}) < 2:
-        found = sorted({*names["train"]})
-        refuse(f"{flag}: expected two classes or more, train has only {found}")
+    # In the order of train's numbers, or of its words: 9 before 10.
+    pairs = sorted({*zip(splits["train"]["label"], names["train"], strict=True)})
+    classes = datasets.ClassLabel(names=[*dict.fromkeys(name for _, name in pairs)])
+    if classes.num_classes < 2:
+        refuse(f"{flag}: expected two classes or more, found {classes.names}")
     unknown = sorted({*names["test"]} - {*classes.names})
     if unknown:
         known = classes.names[:SHOWN]
-        refuse(f"{flag}: expected labels of train's {known}, test has {unknown}")
+        refuse(f"{flag}: train's labels are {known}, test has {unknown}")
     for part, split in splits.items():
-        if split.features["label"] != classes:
-            numbers = classes.str2int(names[part])
-            texts = split.select_columns("text")
-            splits[part] = texts.add_column("label", numbers, feature=classes)
+        numbers = classes.str2int(names[part])
+        texts = split.select_columns("text")
+        splits[part] = texts.add_column("label", numbers, feature=classes)
     return splits
 
 
 def load_splits(dataset: str) -> Samples:
-    """Loads and checks train and test, of a folder's own files or of the Hub."""
-    flag = f"--dataset={dataset}"
-    is_folder = os.path.isdir(dataset)
-    files = find_files(dataset) if is_folder else {}
-    if files:
-        found = {part: read_file(flag, path) for part, path in files.items()}
-    elif is_folder and glob.escape(dataset) != dataset:
-        refuse(f"{flag}: expected a train and a test file, or a name without *, ? or [")
-    else:
+    """Loads and checks train and test.
+
+    Of a folder these are its files `train.*` and `test.*`, and no neighbours; a folder
+    without them is read as the Hub lays it out.
+    """
+    flag = "--dataset=" + dataset
+    files = [
+        path
+        for path in sorted(pathlib.Path(dataset).glob("*"))
+        if path.stem in ("train", "test") and path.suffix.lower() in KINDS
+    ]
+    found = {path.stem: read_file(flag, path) for path in files}
+    if len(found) < len(files):
+        refuse(f"{flag}: expected one file each, found {[p.name for p in files]}")
+    if not files:
+        if glob.escape(dataset) != dataset:
+            refuse(f"{flag}: expected train.csv and test.csv, or no *?[")
         with refusing(f"{flag}: expected a train and a test file", *UNREADABLE):
             found = datasets.load_dataset(dataset)
     splits = Samples()
     for part in ("train", "test"):
         if part not in found:
-            refuse(f"{flag}: expected the splits train and test, found {[*found]}")
-        splits[part] = select(f"{flag}: {part}", found[part], text=TEXT, label=LABEL)
+            refuse(f"{flag}: expected train and test, found {[*found]}")
+        splits[part] = check_columns(f"{flag}: {part}", found[part], COLUMNS)
     return match_labels(flag, splits)
 
 
 def stratified(reviews: Reviews, percent: int, seed: int) -> tuple[Reviews, Reviews]:
     """Draws a percentage of reviews, stratified by class; returns it and the rest."""
     size = round(len(reviews) * percent / 100)
-    few = "too few reviews, give more of them or raise --percent"
-    with refusing(f"{few}: cannot draw {size} of {len(reviews)}", ValueError):
+    with refusing(f"too few reviews: {size} of {len(reviews)}", ValueError):
         parts = reviews.train_test_split(
             train_size=size, seed=seed, stratify_by_column="label"
         )
     return parts["train"], parts["test"]
 
 
-def load_samples(dataset: str, percent: int, seed: int) -> Samples:
+def load_samples(dataset: str, percent: int, seed: int, **_: Any) -> Samples:
     """Draws the samples train and test, and a tenth of train for validation."""
     splits = load_splits(dataset)
     if percent < 100:
@@ -332,22 +284,15 @@ def load_samples(dataset: str, percent: int, seed: int) -> Samples:
     return Samples(train=train, val=val, test=splits["test"])
 
 
-def count_leaks(samples: Samples) -> int:
-    """Returns how many test reviews stand in train or val word for word."""
-    known = {*samples["train"]["text"], *samples["val"]["text"]}
-    return sum(text in known for text in samples["test"]["text"])
-
-
 def fingerprint(samples: Samples) -> str:
     """Returns a hash of all texts and labels in order."""
-    digest = hashlib.sha256()
-    for sample in samples.values():
-        rows = [sample["text"][:], sample["label"][:]]
-        digest.update(json.dumps(rows).encode())
-    return digest.hexdigest()
+    columns = [[s["text"][:], s["label"][:]] for s in samples.values()]
+    return hashlib.sha256(json.dumps(columns).encode()).hexdigest()
 
 
-def tokenise(samples: Any, tokenizer: Any, seq_length: int, truncation: str) -> Any:
+def tokenise(
+    samples: Any, tokenizer: Any, seq_length: int, truncation: str, **_: Any
+) -> Any:
     """Turns texts into word-pieces, at most `seq_length`; cached on disk by `datasets`.
 
     Returns:
@@ -380,9 +325,9 @@ def tokenise(samples: Any, tokenizer: Any, seq_length: int, truncation: str) -> 
 
 @dataclasses.dataclass(eq=False)
 class LengthGroupedBatches(torch.utils.data.Sampler):
-    """Draws batches of reviews of like length, each review once, the longest first.
+    """Draws batches of reviews of like length, each review once.
 
-    Two of them lead, as the first step has no optimiser's state yet: so the first
+    The two longest lead, as the first step has no optimiser's state yet: so the first
     steps hold about as much memory as any that follows.
 
     The plan follows from (seed, epoch) alone, so a resumed epoch makes it again and
@@ -417,7 +362,7 @@ class LengthGroupedBatches(torch.utils.data.Sampler):
             generator = torch.Generator().manual_seed(mixed)
             # A jitter of 1 % makes new batches every epoch, for little padding.
             jitter = torch.rand(len(lengths), generator=generator, dtype=torch.double)
-            lengths = lengths * (1 + jitter / 100)
+            lengths *= 1 + jitter / 100
             shuffled = torch.randperm(max(0, len(self) - 2), generator=generator)
             order[2:] = 2 + shuffled
         rows = lengths.argsort(descending=True, stable=True)
@@ -436,16 +381,16 @@ class LengthGroupedBatches(torch.utils.data.Sampler):
 
 def check_config(model: str, seq_length: int) -> dict:
     """Returns the config of a BERT that takes `seq_length`; refuses anything else."""
-    with refusing(f"--model={model}: expected a config.json", OSError):
+    flag = "--model=" + model
+    with refusing(f"{flag}: expected a config.json", OSError):
         config, _ = transformers.PretrainedConfig.get_config_dict(model)
-    kind = config.get("model_type")
-    if kind != "bert":
-        refuse(f"--model={model}: expected a BERT's config.json, found {kind}'s")
-    if config.get("is_decoder") or config.get("add_cross_attention"):
-        refuse(f"--model={model}: expected an encoder, found a decoder")
-    positions = config.get("position_embedding_type") or "absolute"
-    if positions != "absolute":
-        refuse(f"--model={model}: expected absolute positions, found {positions}")
+    # transformers would load each of these as if it were a BERT.
+    if config.get("model_type") != "bert":
+        refuse(f"{flag}: expected a BERT's config.json")
+    expected = {"is_decoder": False, "position_embedding_type": "absolute"}
+    for name, value in expected.items():
+        if config.get(name, value) != value:
+            refuse(f"{flag}: expected {name} {value}, found {config[name]}")
     most = config.get("max_position_embeddings", 512)
     if seq_length > most:
         refuse(f"--seq_length={seq_length}: {model} takes {most} at most")
@@ -454,20 +399,20 @@ def check_config(model: str, seq_length: int) -> dict:
 
 def load_tokenizer(model: str, config: dict) -> transformers.BertTokenizer:
     """Loads a tokenizer that drops `<br />` tags and reads "[SEP]" as plain text."""
-    with refusing(f"--model={model}: expected a tokenizer", OSError, ValueError):
+    flag = "--model=" + model
+    with refusing(f"{flag}: expected a tokenizer", OSError, ValueError):
         tokenizer = transformers.BertTokenizer.from_pretrained(
             model, split_special_tokens=True
         )
     # With its files missing, transformers makes one that knows special tokens only.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        refuse(f"--model={model}: expected a tokenizer, found no vocabulary")
+        refuse(f"{flag}: expected a tokenizer, found no vocabulary")
     pad = config.get("pad_token_id", 0)
-    own = tokenizer.pad_token_id
-    if own != pad:
-        refuse(f"--model={model}: its pad_token_id is {pad}, its tokenizer's {own}")
+    if tokenizer.pad_token_id != pad:
+        refuse(f"{flag}: [PAD] is {tokenizer.pad_token_id}, its pad_token_id {pad}")
     size = config.get("vocab_size", 30522)
     if len(tokenizer) > size:
-        refuse(f"--model={model}: {len(tokenizer)} word-pieces, {size} embeddings")
+        refuse(f"{flag}: {len(tokenizer)} word-pieces, {size} embeddings")
     backend = tokenizer.backend_tokenizer
     tags = tokenizers.normalizers.Replace(tokenizers.Regex(r"<br\s*/?>"), " ")
     backend.normalizer = tokenizers.normalizers.Sequence([tags, backend.normalizer])
@@ -480,9 +425,10 @@ def load_bert(model: str, names: list[str], trained: bool) -> torch.nn.Module:
     Args:
         trained: Whether the classifier must be there; else one may start anew.
     """
-    flag = f"--model={model}"
-    broken = (OSError, safetensors.SafetensorError, pickle.UnpicklingError)
+    flag = "--model=" + model
+    broken = (*UNSAVED, pickle.UnpicklingError)
     with refusing(f"{flag}: expected sound safetensors", *broken):
+        earlier = transformers.BertConfig.from_pretrained(model).id2label
         bert, info = modeling_bert.BertForSequenceClassification.from_pretrained(
             model,
             id2label=dict(enumerate(names)),
@@ -495,21 +441,19 @@ def load_bert(model: str, names: list[str], trained: bool) -> torch.nn.Module:
             use_safetensors=True,
             output_loading_info=True,
         )
-    mismatched = {key for key, *_ in info["mismatched_keys"]}
-    new = sorted({*info["missing_keys"], *mismatched})
+    new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     may_be_new = () if trained else ("classifier.", "bert.pooler.")
-    lost = [key for key in new if not key.startswith(may_be_new)]
+    lost = sorted(key for key in new if not key.startswith(may_be_new))
     if lost:
         refuse(f"{flag}: {len(lost)} weights lack or misfit: {lost[:2]}")
     for key, weights in bert.named_parameters():
         if not weights.isfinite().all():
             refuse(f"{flag}: expected numbers as weights, found NaN or inf in {key}")
     if "bert.pooler.dense.weight" in new:
-        say("Model     its checkpoint has no pooler: that starts from random weights")
-    earlier = transformers.BertConfig.from_pretrained(model).id2label
+        say("Model", "its pooler lacks, and starts from random weights")
     had_head = "classifier.weight" not in info["missing_keys"]
     if had_head and not trained and earlier != dict(enumerate(names)):
-        say(f"Model     its classes are others: a new classifier of {names[:SHOWN]}")
+        say("Model", f"a new classifier: the earlier is not of {names[:SHOWN]}")
         torch.nn.init.normal_(bert.classifier.weight, std=bert.config.initializer_range)
         torch.nn.init.zeros_(bert.classifier.bias)
     return bert.train()  # it comes in eval mode, with dropout off
@@ -550,69 +494,45 @@ def cast_once(module: torch.nn.Module, args: Any, out: torch.Tensor) -> torch.Te
     return out.bfloat16() if torch.is_autocast_enabled("cpu") else out
 
 
-class Recomputed(torch.autograd.Function):
-    """Attention whose probabilities are computed again for the gradient, by review.
-
-    Those of one review stay in the cache; those of a batch of 512 word-pieces would
-    be a third of a step's memory.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q: Any, k: Any, v: Any, bias: Any) -> torch.Tensor:
-        ctx.save_for_backward(q, k, v, bias)
-        out = torch.empty_like(q)  # [B, heads, T, H / heads], as q, k and v
-        for i in range(len(q)):
-            p = (q[i] @ k[i].mT + bias[i]).softmax(-1)  # [heads, T, T]
-            torch.matmul(p, v[i], out=out[i])
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
-        q, k, v, bias = ctx.saved_tensors
-        dq = torch.empty_like(q)
-        dk = torch.empty_like(k)
-        dv = torch.empty_like(v)
-        for i in range(len(q)):
-            p = (q[i] @ k[i].mT + bias[i]).softmax(-1)
-            dp = grad[i] @ v[i].mT
-            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            torch.matmul(ds, k[i], out=dq[i])
-            torch.matmul(ds.mT, q[i], out=dk[i])
-            torch.matmul(p.mT, grad[i], out=dv[i])
-        return dq, dk, dv, None
+def attend_plainly(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    scores = query @ key.mT  # [..., heads, T, T]
+    scores += bias
+    return scores.softmax(-1) @ value
 
 
 def attend(
     module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **_: Any
 ) -> tuple[torch.Tensor, None]:
-    """Attention in bf16: of all that it computes, only probabilities are kept."""
-    query = query * scaling
+    """Trains without fused attention, whose gradient is slow in bf16: 1.33 times.
+
+    Above 256 word-pieces the probabilities, a third of a step's memory, are not kept
+    but computed again for the gradient, by review.
+    """
+    if not (module.training and torch.is_autocast_enabled("cpu")):
+        fused = sdpa_attention.sdpa_attention_forward
+        return fused(module, query, key, value, mask, scaling=scaling)
     bias = torch.where(mask, 0.0, -torch.inf).to(query.dtype)  # [B, 1, 1, T]
+    inputs = (query * scaling, key, value, bias)
     if query.shape[2] > 256:
-        context = Recomputed.apply(query, key, value, bias)
+        again = torch.utils.checkpoint.checkpoint
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        reviews = zip(*inputs, strict=True)
+        context = torch.stack([again(attend_plainly, *r, **options) for r in reviews])
     else:
-        scores = query @ key.mT  # [B, heads, T, T]
-        scores += bias
-        context = scores.softmax(-1) @ value
+        context = attend_plainly(*inputs)
     return context.transpose(1, 2), None
 
 
-def choose_attention(bert: torch.nn.Module, args: Any) -> None:
-    """Trains without fused attention, whose gradient is slow in bf16: 1.33 times."""
-    slow = bert.training and torch.is_autocast_enabled("cpu")
-    attention = "plain" if slow else "sdpa"
-    if bert.config._attn_implementation != attention:
-        bert.set_attn_implementation(attention)
-
-
 def speed_up(bert: torch.nn.Module) -> None:
-    transformers.AttentionInterface.register("plain", attend)
     for name, module in [*bert.named_modules()]:
         if type(module) is torch.nn.Dropout:
             bert.set_submodule(name, Dropout(module.p))
     bert.bert.encoder.layer[-1].__class__ = ClsLayer
     bert.bert.embeddings.register_forward_hook(cast_once)
-    bert.register_forward_pre_hook(choose_attention)
+    transformers.AttentionInterface.register("attend", attend)
+    bert.set_attn_implementation("attend")
 
 
 # The network, how it learns, and what is measured of it.
@@ -624,21 +544,15 @@ class IMDBSentimentClassifier(pl.LightningModule):
     Args:
         tokenizer: The model's.
         bert: A `BertForSequenceClassification` with one logit a class.
-        label_names: Names of the classes, in the order of their numbers.
-        settings: The flags by name, those of the Trainer too, to be noted.
+        settings: `label_names`, in the order of their numbers, and the flags by name,
+            those of the Trainer too, to be noted.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        bert: torch.nn.Module,
-        *,
-        label_names: list[str],
-        **settings: Any,
-    ) -> None:
+    def __init__(self, tokenizer: Any, bert: torch.nn.Module, **settings: Any) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["tokenizer", "bert"])
         self.tokenizer = tokenizer
+        self.pad = tokenizer.pad_token_id
         self.bert = bert
         self.samples = None
         # Of the epoch so far; they are saved, so that a resumed epoch has its mean.
@@ -653,22 +567,15 @@ class IMDBSentimentClassifier(pl.LightningModule):
 
     def prepare_data(self) -> None:
         if self.samples is None and not self.trainer.predicting:
-            self.encode(self.load())
+            tokenise(load_samples(**self.hparams), self.tokenizer, **self.hparams)
 
     def setup(self, stage: str) -> None:
-        if self.samples is None and not self.trainer.predicting:
-            samples = self.load()
-            self.leaks = count_leaks(samples)
+        if self.samples is None and stage != "predict":
+            samples = load_samples(**self.hparams)
+            known = {*samples["train"]["text"], *samples["val"]["text"]}
+            self.leaks = sum(text in known for text in samples["test"]["text"])
             self.fingerprint = fingerprint(samples)
-            self.samples = self.encode(samples)
-
-    def load(self) -> Samples:
-        hp = self.hparams
-        return load_samples(hp.dataset, hp.percent, hp.seed)
-
-    def encode(self, samples: Any) -> Any:
-        hp = self.hparams
-        return tokenise(samples, self.tokenizer, hp.seq_length, hp.truncation)
+            self.samples = tokenise(samples, self.tokenizer, **self.hparams)
 
     def batches(self, sample: Reviews, **plan: Any) -> torch.utils.data.DataLoader:
         """Batches a sample; reading it costs less than a worker process would."""
@@ -684,35 +591,37 @@ class IMDBSentimentClassifier(pl.LightningModule):
     def collate(self, columns: dict[str, list]) -> Batch:
         """Pads to the longest review: <int64>[B, T] input_ids; <int64>[B] others."""
         reviews = [torch.tensor(review) for review in columns.pop("input_ids")]
-        pad = self.tokenizer.pad_token_id
-        input_ids = pad_sequence(reviews, batch_first=True, padding_value=pad)
-        # To few lengths, as oneDNN keeps kernels, 20 MB and more, for each.
+        longest = max(len(review) for review in reviews)
+        # To few lengths, as oneDNN keeps kernels, 16 MB and more, for each.
         limit = self.hparams.seq_length
-        length = input_ids.shape[1]
-        more = min(-length % max(8, limit // 32), limit - length)
-        input_ids = F.pad(input_ids, (0, more), value=pad)
-        others = {f"{name}s": torch.tensor(column) for name, column in columns.items()}
-        return {"input_ids": input_ids, **others}
+        step = max(8, limit // 32)
+        length = min(math.ceil(longest / step) * step, limit)
+        batch = {f"{name}s": torch.tensor(column) for name, column in columns.items()}
+        batch["input_ids"] = torch.full((len(reviews), length), self.pad)
+        for row, review in enumerate(reviews):
+            batch["input_ids"][row, : len(review)] = review
+        return batch
 
-    def share(self) -> dict[str, int]:
-        return {"rank": self.global_rank, "world_size": self.trainer.world_size}
+    def share(self, part: str, **plan: Any) -> torch.utils.data.DataLoader:
+        """Batches this process's share of a sample."""
+        own = {"rank": self.global_rank, "world_size": self.trainer.world_size}
+        return self.batches(self.samples[part], **own, **plan)
 
     def train_dataloader(self) -> torch.utils.data.DataLoader:
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        plan = {"seed": self.hparams.seed, "progress": progress}
-        return self.batches(self.samples["train"], **self.share(), **plan)
+        return self.share("train", seed=self.hparams.seed, progress=progress)
 
     def val_dataloader(self) -> torch.utils.data.DataLoader:
-        return self.batches(self.samples["val"], **self.share())
+        return self.share("val")
 
     def test_dataloader(self) -> torch.utils.data.DataLoader:
-        return self.batches(self.samples["test"], **self.share())
+        return self.share("test")
 
     # Steps.
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Returns the logits, <float32>[B, C], of word-pieces, <int64>[B, T]."""
-        mask = input_ids.ne(self.tokenizer.pad_token_id)[:, None, None]  # [B, 1, 1, T]
+        mask = input_ids.ne(self.pad)[:, None, None]  # [B, 1, 1, T]
         return self.bert(input_ids, attention_mask=mask).logits.float()
 
     def on_train_start(self) -> None:
@@ -729,62 +638,63 @@ class IMDBSentimentClassifier(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         logits = self(batch["input_ids"])
         loss = F.cross_entropy(logits, batch["labels"])
-        right = logits.argmax(-1).eq(batch["labels"]).float()
-        size = len(right)
-        self.mean_loss.update(loss.detach(), size)
-        self.mean_acc.update(right.mean(), size)
-        self.pieces += batch["input_ids"].ne(self.tokenizer.pad_token_id).sum()
+        acc = logits.argmax(-1).eq(batch["labels"]).float().mean()
+        self.mean_loss.update(loss.detach(), len(logits))
+        self.mean_acc.update(acc, len(logits))
+        self.pieces += batch["input_ids"].ne(self.pad).sum()
         # To read a number, the host waits for the device: not at every step.
-        step = self.global_step + 1
-        if step % self.trainer.log_every_n_steps == 0 or self.trainer.is_last_batch:
-            self.log_step(step, loss, right.mean())
+        step = self.global_step
+        is_due = (step + 1) % self.trainer.log_every_n_steps == 0
+        if is_due or self.trainer.is_last_batch:
+            if not loss.isfinite():
+                refuse(f"the loss is {loss:.0f} at step {step + 1}: try a lower --lr")
+            seconds = time.perf_counter() - self.clock
+            figures = {
+                "train_loss": loss,
+                "train_acc": acc,
+                "speed": self.pieces / seconds * self.trainer.world_size,
+                "lr": self.optimizers().param_groups[0]["lr"],
+                "step": float(step),  # of the curves; else Lightning draws `epoch`
+            }
+            self.log_dict(figures)
         return loss
 
-    def log_step(self, step: int, loss: torch.Tensor, acc: torch.Tensor) -> None:
-        if not loss.isfinite():
-            refuse(f"the loss is {loss:.0f} at step {step}: try a lower --lr")
-        seconds = time.perf_counter() - self.clock
-        speed = self.pieces / seconds * self.trainer.world_size
-        figures = {"train_loss": loss, "train_acc": acc, "speed": speed}
-        self.log_dict(figures)
-        self.log("lr", self.optimizers().param_groups[0]["lr"])
-
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        logits = self(batch["input_ids"])
-        columns = [batch["rows"], batch["labels"], logits]
+        columns = [batch["rows"], batch["labels"], self(batch["input_ids"])]
         self.scored.update(torch.column_stack(columns))
 
     test_step = validation_step
 
-    def log_scores(self, stage: str, logger: bool) -> torch.Tensor:
+    def score(self, stage: str) -> torch.Tensor:
         """Logs the stage's metrics over reviews, of all processes; returns `scored`."""
         scored = self.scored.compute()
         self.scored.reset()
         labels = scored[:, 1].long()
         logits = scored[:, 2:]
-        probabilities = logits.softmax(-1)
-        kinds = torchmetrics.functional.classification
-        each = (probabilities, labels, logits.shape[1])
-        scores = {
-            "loss": F.cross_entropy(logits, labels),
-            "acc": kinds.multiclass_accuracy(*each, average="micro"),
-            "f1": kinds.multiclass_f1_score(*each),
-            "ece": kinds.multiclass_calibration_error(*each),
+        each = (logits.softmax(-1), labels, logits.shape[1])
+        figures = {
+            f"{stage}_loss": F.cross_entropy(logits, labels),
+            f"{stage}_acc": classification.multiclass_accuracy(*each, average="micro"),
+            f"{stage}_f1": classification.multiclass_f1_score(*each),
+            f"{stage}_ece": classification.multiclass_calibration_error(*each),
         }
-        for name, value in scores.items():
-            self.log(f"{stage}_{name}", value, logger=logger, sync_dist=True)
+        # Those of test go to TensorBoard with the hyper-parameters, at the end.
+        self.log_dict(figures, logger=stage == "val", sync_dist=True)
         return scored
 
     def on_validation_epoch_end(self) -> None:
-        self.log_scores("val", logger=True)
-        self.log("train_loss_epoch", self.mean_loss.compute(), sync_dist=True)
-        self.log("train_acc_epoch", self.mean_acc.compute(), sync_dist=True)
+        self.score("val")
+        figures = {
+            "train_loss_epoch": self.mean_loss.compute(),
+            "train_acc_epoch": self.mean_acc.compute(),
+            "step": self.global_step - 1.0,
+        }
+        self.log_dict(figures, sync_dist=True)
         self.mean_loss.reset()
         self.mean_acc.reset()
 
     def on_test_epoch_end(self) -> None:
-        # To TensorBoard they go with the hyper-parameters, at the end.
-        self.predictions = self.log_scores("test", logger=False).cpu()
+        self.predictions = self.score("test").cpu()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Returns rows and probabilities, <float32>[B, 1 + C]."""
@@ -830,15 +740,15 @@ class IMDBSentimentClassifier(pl.LightningModule):
 
     def export(self, folder: pathlib.Path) -> None:
         """Saves model and tokenizer for `transformers.pipeline`, to cut as trained."""
-        length = self.hparams.seq_length
-        truncation = self.hparams.truncation
-        self.bert.config.update({"seq_length": length, "truncation": truncation})
+        cut = {name: self.hparams[name] for name in ("seq_length", "truncation")}
+        self.bert.config.update(cut)
         self.bert.save_pretrained(folder)
         # Loaded as a BertTokenizer it would no longer drop `<br />` tags.
         self.tokenizer.__class__ = transformers.PreTrainedTokenizerFast
         self.tokenizer.init_kwargs["truncation_side"] = None  # else it is not saved
-        self.tokenizer.model_max_length = length
-        self.tokenizer.truncation_side = "left" if truncation == "tail" else "right"
+        self.tokenizer.model_max_length = cut["seq_length"]
+        side = "left" if cut["truncation"] == "tail" else "right"
+        self.tokenizer.truncation_side = side
         self.tokenizer.save_pretrained(folder)
 
 
@@ -848,37 +758,21 @@ class IMDBSentimentClassifier(pl.LightningModule):
 class WholeCheckpointIO(pl.plugins.TorchCheckpointIO):
     """Writes beside the earlier checkpoint and renames, so that one is always whole.
 
-    Lightning's own writes to /tmp, and copies from there if that is another disk.
+    Lightning's own builds it in memory, then in /tmp, which may be another disk.
     """
 
     def save_checkpoint(self, checkpoint: dict, path: str, *_: Any, **__: Any) -> None:
         partial = pathlib.Path(f"{path}.partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("wb") as file:
+        with refusing(f"cannot save {path}, disk full?", OSError, RuntimeError):
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb", buffering=0) as file:
                 torch.save(checkpoint, file)
-                file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 class BestCheckpoint(pl.callbacks.ModelCheckpoint):
-    """Writes `best.ckpt`: weights of the epoch with the best `val_acc`.
-
-    Of equals the later is taken: its rate has fallen further.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(
-            filename="best",
-            monitor="val_acc",
-            mode="max",
-            save_weights_only=True,
-            save_on_train_epoch_end=False,  # after validation, before `last.ckpt`
-            enable_version_counter=False,
-        )
+    """Keeps `best.ckpt`, of the best `val_acc`; of equals the later, as rates fall."""
 
     def check_monitor_top_k(
         self, trainer: pl.Trainer, current: torch.Tensor | None = None
@@ -909,15 +803,21 @@ class LastCheckpoint(pl.callbacks.Checkpoint):
     """
 
     def __init__(self, path: pathlib.Path) -> None:
-        self.path = str(path)
+        self.path = path
         self.signum = 0
         self.saved = time.monotonic()
 
     def note(self, signum: int, _: Any) -> None:
         self.signum = signum
 
+    def stop(self, signum: int, *_: Any) -> None:
+        stop(signum, how=f"; all is saved in {self.path}: --resume goes on")
+
     def on_train_start(self, *_: Any) -> None:
         on_signals(self.note)
+
+    def on_test_start(self, *_: Any) -> None:
+        on_signals(self.stop)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         # An epoch saved at its last step would be resumed without its validation.
@@ -929,55 +829,34 @@ class LastCheckpoint(pl.callbacks.Checkpoint):
 
     def save(self, trainer: pl.Trainer, due: bool) -> None:
         """Saves if a process is due or has a signal, which ends them all."""
-        any_process = functools.partial(
-            trainer.strategy.reduce_boolean_decision, all=False
-        )
-        if any_process(due or self.signum > 0):
+        decide = trainer.strategy.reduce_boolean_decision
+        if decide(due or self.signum > 0, all=False):
             trainer.save_checkpoint(self.path)
             self.saved = time.monotonic()
-            if any_process(self.signum > 0):
-                self.done = f"step {trainer.global_step} is done"
+            if decide(self.signum > 0, all=False):
                 self.stop(self.signum or signal.SIGTERM)
-
-    def on_test_start(self, *_: Any) -> None:
-        self.done = "all steps are done"
-        on_signals(self.stop)
-
-    def stop(self, signum: int, *_: Any) -> None:
-        logdir = shlex.quote(str(pathlib.Path(self.path).parents[3]))
-        stop(
-            signum,
-            how=f"; {self.done} and saved in {self.path}; "
-            f"to go on from there: python main.py --resume --logdir={logdir}",
-        )
 
 
 @contextlib.contextmanager
 def only_run(run: pathlib.Path) -> Iterator[None]:
     """Refuses a second run in the folder while the first one's process lives."""
-    if rank_zero_only.rank > 0:
-        yield
-        return
-    flag = f"--logdir={run.parent}"
-    lock = filelock.FileLock(run.with_name(f"{run.name}.lock"), timeout=0)
-    holder = pathlib.Path(lock.lock_file)
-    with refusing(f"{flag}: expected a writable folder", OSError):
-        holder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            refuse(f"{flag}: process {holder.read_text()} is running in {run}")
-        holder.write_text(f"{os.getpid()} on {os.uname().nodename}")
+    run.parent.mkdir(parents=True, exist_ok=True)
+    holder = run.with_name(f".{run.name}.lock")
     try:
-        yield
-    finally:
-        lock.release()
-        holder.unlink(missing_ok=True)
+        with filelock.FileLock(holder, timeout=0):
+            holder.write_text(f"{os.getpid()} on {os.uname().nodename}")
+            try:
+                yield
+            finally:
+                holder.unlink()
+    except filelock.Timeout:
+        refuse(f"--logdir={run.parent}: process {holder.read_text()} runs in {run}")
 
 
+@rank_zero_only
 def clear(run: pathlib.Path, debug: bool) -> None:
     """Moves the earlier run to LOGDIR.old, under the time of now; drops a debug run."""
-    if rank_zero_only.rank > 0 or not os.path.lexists(run):
+    if not os.path.lexists(run):
         return
     with refusing(f"--logdir={run.parent}: cannot move {run}", sh.ErrorReturnCode):
         if debug:
@@ -1011,20 +890,17 @@ def check_resume(checkpoints: pathlib.Path, given: dict) -> tuple[dict, int]:
     return stored, step
 
 
-def check_processes(wanted: int, num_nodes: int) -> None:
+def check_processes(devices: int, num_nodes: int) -> None:
     """Refuses other processes than the flags say: they would wait for ever."""
-    started = os.environ.get("WORLD_SIZE")  # of torchrun, or of Lightning
-    if SLURMEnvironment.detect():
-        started = os.environ["SLURM_NTASKS"]
-    stray = [name for name in ("RANK", "LOCAL_RANK") if name in os.environ]
-    if started is None and rank_zero_only.rank > 0:
-        stray.append("SLURM_PROCID")
-    if started is None and stray:
-        refuse(f"{stray[0]} is set, but not WORLD_SIZE: unset it, or use torchrun")
-    if started is None and num_nodes > 1:
-        refuse(f"--num_nodes={num_nodes}: start each by torchrun or SLURM")
-    if started not in (None, str(wanted)):
-        refuse(f"WORLD_SIZE is {started}, but --devices times --num_nodes is {wanted}")
+    slurm = SLURMEnvironment.detect()
+    started = os.environ.get("SLURM_NTASKS" if slurm else "WORLD_SIZE")
+    ranks = {"RANK", "LOCAL_RANK", "SLURM_PROCID"} & {*os.environ}
+    if started is None and (ranks or num_nodes > 1):
+        why = ", ".join(sorted(ranks)) or f"--num_nodes={num_nodes}"
+        refuse(f"{why} without WORLD_SIZE: start by torchrun or SLURM, or unset it")
+    if started not in (None, str(devices * num_nodes)):
+        wanted = f"--devices times --num_nodes is {devices * num_nodes}"
+        refuse(f"WORLD_SIZE is {started}, but {wanted}")
 
 
 # Results: said at the start, on the way and at the end; drawn, written and computed.
@@ -1035,37 +911,40 @@ def commas(counts: dict[str, int]) -> str:
     return ", ".join(shown) + ", …" * (len(counts) > SHOWN)
 
 
-def class_counts(module: IMDBSentimentClassifier) -> dict[str, dict[str, int]]:
-    """Returns how many reviews of each class each sample has."""
-    counts = {}
-    for part, sample in module.samples.items():
-        labels = torch.tensor(sample["label"][:])
-        names = module.hparams.label_names
-        sizes = labels.bincount(minlength=len(names)).tolist()
-        counts[part] = dict(zip(names, sizes, strict=True))
-    return counts
+def count_classes(sample: Reviews) -> dict[str, int]:
+    classes = sample.features["label"]
+    labels = torch.tensor(sample["label"][:])
+    counts = labels.bincount(minlength=classes.num_classes)
+    return dict(zip(classes.names, counts.tolist(), strict=True))
 
 
 def describe(module: IMDBSentimentClassifier, trainer: pl.Trainer) -> None:
     """Says what is trained, on what, and where."""
     hp = module.hparams
-    say(f"Data      {hp.dataset}, {hp.percent} %, seed {hp.seed}")
-    for part, counts in class_counts(module).items():
-        say(f"  {part:8}{sum(counts.values()):,} reviews: {commas(counts)}")
-    say(f"          {module.leaks:,} of test stand in train word for word")
-    cuts = [cut > 0 for sample in module.samples.values() for cut in sample["cut"][:]]
-    share = 100 * sum(cuts) / len(cuts)
-    limit = hp.seq_length
-    how = hp.truncation
-    say(f"          {share:.0f} % are longer than {limit} word-pieces and cut ({how})")
+    say("Data", f"{hp.dataset}, {hp.percent} %, seed {hp.seed}")
+    for part, sample in module.samples.items():
+        say(f"  {part}", f"{len(sample):,} reviews: {commas(count_classes(sample))}")
+    say("", f"{module.leaks:,} of test stand in train word for word")
+    cuts = [cut > 0 for sample in module.samples.values() for cut in sample["cut"]]
+    share = sum(cuts) / len(cuts)
+    say("", f"{share:.0%} have over {hp.seq_length} word-pieces: {hp.truncation}")
     size = sum(p.numel() for p in module.parameters()) / 1e6
     processes = trainer.world_size
     device = trainer.strategy.root_device.type
-    say(f"Model     {hp.model}")
-    say(f"          {size:.1f} M parameters, {processes} x {device}, {hp.precision}")
-    steps = trainer.num_training_batches
-    batch = hp.batch_size * processes
-    say(f"Training  {trainer.max_epochs} epochs of {steps:,} steps of {batch} reviews")
+    say("Model", hp.model)
+    say("", f"{size:.1f} M parameters, {processes} x {device}, {hp.precision}")
+    steps = f"{trainer.max_epochs} epochs of {trainer.num_training_batches:,} steps"
+    say("Training", f"{steps} of {hp.batch_size * processes} reviews")
+
+
+def spell(trainer: pl.Trainer, *names: str) -> str:
+    """Returns those metrics that there are: "  train_loss 0.6027  speed 8,465"."""
+    line = ""
+    for name in names:
+        if name in trainer.callback_metrics:
+            form = ",.0f" if name == "speed" else ".4f"
+            line += f"  {name} {trainer.callback_metrics[name]:{form}}"
+    return line
 
 
 class Terminal(pl.callbacks.Callback):
@@ -1082,66 +961,39 @@ class Terminal(pl.callbacks.Callback):
 
     def begin(self, *_: Any) -> None:
         self.began = time.monotonic()
-        self.said = self.began
-        self.steps = 0  # since then
+        self.said = 0.0  # seconds after that
+        self.steps = 0
 
     on_train_epoch_start = begin  # not called where an epoch is resumed
     on_test_start = begin
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        steps = trainer.num_training_batches
-        self.tell(trainer, f"Epoch {trainer.current_epoch}", args[3] + 1, steps)
+        name = f"Epoch {trainer.current_epoch}"
+        self.tell(name, args[-1] + 1, trainer.num_training_batches, trainer)
 
     def on_test_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        self.tell(trainer, "Test   ", args[3] + 1, trainer.num_test_batches[0])
+        self.tell("Test", args[3] + 1, trainer.num_test_batches[0], trainer)
 
-    def tell(self, trainer: pl.Trainer, name: str, done: int, steps: int) -> None:
+    def tell(self, name: str, done: int, steps: int, trainer: pl.Trainer) -> None:
         """Says a line each tenth of the way, or each minute if that is rarer."""
-        now = time.monotonic()
         self.steps += 1
-        is_tenth = done % math.ceil(steps / 10) == 0
-        if sys.stdout.isatty() or not is_tenth or now - self.said < SAY_EVERY:
-            return
-        self.said = now
-        minutes = (now - self.began) / self.steps * (steps - done) / 60
-        line = f"{name}   step {done:,} of {steps:,}"
-        figures = trainer.callback_metrics
-        if name.startswith("Epoch") and "train_loss" in figures:
-            line += f"  train_loss {figures['train_loss']:.4f}"
-            line += f"  speed {figures['speed']:,.0f}"
-        say(f"{line}  {minutes:.0f} min left")
+        seconds = time.monotonic() - self.began
+        is_due = done % math.ceil(steps / 10) == 0 and seconds - self.said >= SAY_EVERY
+        if is_due and not sys.stdout.isatty():
+            self.said = seconds
+            earlier = done - self.steps  # where an epoch was resumed
+            way = tqdm.tqdm.format_meter(done, steps, seconds, initial=earlier)
+            say(name, way + spell(trainer, "train_loss", "speed"))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        figures = trainer.callback_metrics
-        # There are none where a resumed run skips validation.
-        if sys.stdout.isatty() or "val_acc" not in figures:
-            return
-        line = ""
-        for name in ("train_loss", "train_acc", "val_loss", "val_acc"):
-            value = figures.get(f"{name}_epoch", figures[name])
-            line += f"  {name} {value:.4f}"
-        line += f"  speed {figures['speed']:,.0f}"
-        say(f"Epoch {trainer.current_epoch} {line}")
+        names = ("train_loss_epoch", "train_acc_epoch", "val_loss", "val_acc", "speed")
+        say(f"Epoch {trainer.current_epoch}", spell(trainer, *names).strip())
 
 
 class ProgressBar(pl.callbacks.TQDMProgressBar):
     def get_metrics(self, trainer: pl.Trainer, *_: Any) -> dict:
         # Asked when the bar is drawn; `prog_bar=True` would wait at every step.
-        figures = trainer.callback_metrics
-        names = ("train_loss", "train_acc", "speed", "val_loss", "val_acc")
-        return {name: figures[name].item() for name in names if name in figures}
-
-    def on_train_epoch_start(self, *args: Any) -> None:
-        # Of the run's start there is a bar without a step, which would stay.
-        self.train_progress_bar.leave = self.train_progress_bar.n > 0
-        self.train_progress_bar.close()
-        super().on_train_epoch_start(*args)
-
-
-class TensorBoardLogger(pl.loggers.TensorBoardLogger):
-    def log_metrics(self, metrics: dict, step: int | None = None) -> None:
-        metrics.pop("epoch", None)  # Lightning's own, a card that says nothing
-        super().log_metrics(metrics, step)
+        return {"": spell(trainer, "train_loss", "speed")}
 
 
 def wilson(share: float, n: int, z: float = 1.96) -> list[float]:
@@ -1153,143 +1005,102 @@ def wilson(share: float, n: int, z: float = 1.96) -> list[float]:
 
 def summarise(module: IMDBSentimentClassifier, best: dict, seconds: float) -> dict:
     """Returns all that a run reports, of the checkpoint of its best epoch."""
+    hp = module.hparams
     labels = module.predictions[:, 1].long()  # [N]
     logits = module.predictions[:, 2:]  # [N, C]
     scores = {k: v.item() for k, v in module.trainer.callback_metrics.items()}
     metrics = best["val"] | {k: v for k, v in scores.items() if k.startswith("test_")}
     metrics["test_acc_interval"] = wilson(metrics["test_acc"], len(labels))
-    counts = class_counts(module)
     commonest = labels.mode().values.item()
-    confusion = torchmetrics.functional.classification.multiclass_confusion_matrix(
+    confusion = classification.multiclass_confusion_matrix(
         logits, labels, logits.shape[1]
     )
-    flags = {name: v for name, v in module.hparams.items() if name != "label_names"}
+    libraries = (torch, pl, transformers, datasets)
     return {
         "metrics": metrics,
         "baseline": {
-            "label": module.hparams.label_names[commonest],
+            "label": hp.label_names[commonest],
             "test_acc": labels.eq(commonest).double().mean().item(),
         },
         "leaks": module.leaks,
         "best_epoch": best["epoch"],
         "confusion": confusion.tolist() if len(confusion) <= SHOWN else None,
-        "samples": counts,
+        "samples": {k: count_classes(v) for k, v in module.samples.items()},
         "seconds": seconds,
-        "flags": flags,
-        "versions": {
-            library.__name__: library.__version__
-            for library in (torch, pl, transformers, datasets)
-        },
+        "flags": {name: v for name, v in hp.items() if name != "label_names"},
+        "versions": {library.__name__: library.__version__ for library in libraries},
     }
 
 
 def say_results(results: dict, folder: pathlib.Path) -> None:
     scores = results["metrics"]
+    test = results["samples"]["test"]
     low, high = scores["test_acc_interval"]
-    size = sum(results["samples"]["test"].values())
-    accuracy = f"accuracy {100 * scores['test_acc']:.2f} % of {size:,} reviews"
-    say(f"\nTest      {accuracy} (95 % interval {100 * low:.2f} to {100 * high:.2f} %)")
-    epoch = results["best_epoch"]
-    say(f"          scored once, on epoch {epoch}, the best by validation")
+    say("", "")
+    say("Test", f"accuracy {scores['test_acc']:.2%} of {sum(test.values()):,} reviews")
+    say("", f"95 % interval {low:.2%} to {high:.2%}")
+    say("", f"scored once, on epoch {results['best_epoch']}, the best by validation")
     baseline = results["baseline"]
-    say(f"          always {baseline['label']}: {100 * baseline['test_acc']:.2f} %")
-    say(f"          {results['leaks']:,} of them stand in train word for word")
-    names = [*results["samples"]["test"]]
-    for name, row in zip(names, results["confusion"] or [], strict=False):
-        taken = commas(dict(zip(names, row, strict=True)))
-        say(f"          {name} taken for: {taken}")
-    model = folder / "model"
-    call = f'"text-classification", model="{model}", truncation=True'
-    say(f"Model     {model}")
-    say(f"Look      tensorboard --logdir {folder.parents[1]}")
-    say("Use       from transformers import pipeline")
-    say(f'          pipeline({call})("A fine film.")')
+    say("", f"always {baseline['label']}: {baseline['test_acc']:.2%}")
+    say("", f"{results['leaks']:,} of them stand in train word for word")
+    for name, row in zip(test, results["confusion"] or [], strict=False):
+        say("", f"{name} taken for: {commas(dict(zip(test, row, strict=True)))}")
+    say("Model", f"{folder}/model")
+    say("Look", f"tensorboard --logdir {folder.parents[1]}")
+    say("Use", f"python main.py --model={folder}/model --predict=FILE")
 
 
 def draw(module: IMDBSentimentClassifier, results: dict) -> None:
-    """Shows the test sample in TensorBoard: curves and tables of its classes."""
+    """Shows the test sample in TensorBoard: each class's curve, table, errors."""
     log = module.logger.experiment
     step = module.global_step
-    names = module.hparams.label_names[:SHOWN]
+    names = module.hparams.label_names
     labels = module.predictions[:, 1].long()  # [N]
     probabilities = module.predictions[:, 2:].softmax(-1)  # [N, C]
-    for number, name in enumerate(names):
-        own = labels == number
-        log.add_pr_curve(f"test_pr/{name}", own, probabilities[:, number], step)
-        if own.any():
-            true = probabilities[own, number]
-            log.add_histogram(f"test_probability_of_true_class/{name}", true, step)
+    for number, name in enumerate(names[:SHOWN]):
+        log.add_pr_curve(
+            f"test_pr/{name}", labels == number, probabilities[:, number], step
+        )
     lines = [["true / predicted", *names], ["---"] * (1 + len(names))]
     for name, row in zip(names, results["confusion"] or [], strict=False):
         lines.append([name, *row])
     table = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
     log.add_text("test_confusion", table, step)
-    log.add_text("test_worst", worst_errors(module, labels, probabilities), step)
 
-
-def worst_errors(
-    module: IMDBSentimentClassifier, labels: torch.Tensor, probabilities: torch.Tensor
-) -> str:
-    """Returns the twenty errors of which the model is surest, as it saw the reviews.
-
-    Args:
-        labels: <int64>[N], in the order of `module.predictions`.
-        probabilities: <float32>[N, C], likewise.
-    """
-    names = module.hparams.label_names
-    rows = module.predictions[:, 0].long()
     certainty, predicted = probabilities.max(-1)
     wrong = (predicted != labels).nonzero().flatten()
-    surest = wrong[certainty[wrong].argsort(descending=True)][:20]
     worst = []
-    for i in surest.tolist():
-        review = module.samples["test"][int(rows[i])]
+    for i in wrong[certainty[wrong].argsort(descending=True)][:SHOWN]:
+        review = module.samples["test"][int(module.predictions[i, 0])]
         seen = module.tokenizer.decode(review["input_ids"][1:-1])
         verdict = f"{names[labels[i]]} taken for {names[predicted[i]]}"
-        share = f"{100 * certainty[i]:.1f} %"
         cut = f" [{review['cut']} word-pieces cut]" if review["cut"] else ""
-        worst.append(f"1. **{verdict} at {share}{cut}:** {seen}")
-    return "\n".join(worst)
+        worst.append(f"1. **{verdict} at {certainty[i]:.1%}{cut}:** {seen}")
+    log.add_text("test_worst", "\n".join(worst), step)
 
 
 def model_card(results: dict) -> str:
     """Returns the model's README.md, with the metadata that the Hub reads."""
-    scores = results["metrics"]
-    recipe = results["flags"]
-    is_local = os.path.isdir(recipe["dataset"])
-    name = os.path.basename(os.path.abspath(recipe["dataset"]))
-    dataset = name if is_local else recipe["dataset"]
-    result = huggingface_hub.EvalResult(
-        "text-classification", dataset, name, "accuracy", scores["test_acc"]
-    )
-    result.dataset_split = "test"
+    flags = results["flags"]
+    of_hub = {k: flags[k] for k in ("model", "dataset") if not os.path.isdir(flags[k])}
     card = huggingface_hub.ModelCardData(
         library_name="transformers",
         pipeline_tag="text-classification",
-        base_model=None if os.path.isdir(recipe["model"]) else recipe["model"],
-        datasets=None if is_local else [dataset],
+        base_model=of_hub.get("model"),
+        datasets=of_hub.get("dataset"),
         metrics=["accuracy"],
-        model_name="BERT",
-        eval_results=result,
     )
-    settings = "\n".join(f"- {name}: {value}" for name, value in recipe.items())
-    low, high = scores["test_acc_interval"]
-    end = "end" if recipe["truncation"] == "tail" else "beginning"
     return f"""---
 {card.to_yaml()}
 ---
-# BERT that tells {json.dumps([*results["samples"]["test"]])}
+# BERT that labels texts
 
-Test accuracy {scores["test_acc"]:.4f}, 95 % interval {low:.4f} to {high:.4f}.
-`pipeline("text-classification", model=FOLDER, truncation=True)` loads it and keeps the
-{end} of a long text; training kept its {recipe["truncation"]}.
+`pipeline("text-classification", model=FOLDER, truncation=True)` loads it. It was
+trained by `main.py`, scored once on the test sample, and on no texts of other origin:
 
-## How it was trained
-{settings}
-
-## Limits
-It has seen the texts of one dataset and was not measured on others; its
-expected calibration error on the test sample is {scores["test_ece"]:.4f}.
+```json
+{json.dumps(results, indent=2)}
+```
 """
 
 
@@ -1327,18 +1138,24 @@ def make_trainer(
     settings: dict, run: pathlib.Path, debug: bool, step: int | None
 ) -> pl.Trainer:
     """Returns the Trainer of a run; `step` is where a resumed one goes on."""
-    logger = TensorBoardLogger(
+    logger = pl.loggers.TensorBoardLogger(
         run.parent,
         name=run.name,
         version="version_0",
         default_hp_metric=False,
         purge_step=step,
     )
+    best = BestCheckpoint(
+        filename="best",
+        monitor="val_acc",
+        mode="max",
+        save_weights_only=True,
+        save_on_train_epoch_end=False,  # after validation, before `last.ckpt`
+        enable_version_counter=False,
+    )
     every = 1 if debug else LOG_EVERY
-    last = run / "version_0" / "checkpoints" / "last.ckpt"
-    callbacks = [BestCheckpoint(), LastCheckpoint(last), Terminal()]
-    if sys.stdout.isatty():
-        callbacks.append(ProgressBar(every, leave=True))
+    last = LastCheckpoint(run / "version_0" / "checkpoints" / "last.ckpt")
+    bar = ProgressBar(every if sys.stdout.isatty() else 0)
     limits = ("limit_train_batches", "limit_val_batches", "limit_test_batches")
     return pl.Trainer(
         max_epochs=1 if debug else settings["epochs"],
@@ -1349,9 +1166,8 @@ def make_trainer(
         use_distributed_sampler=False,  # `LengthGroupedBatches` shares out
         logger=logger,
         log_every_n_steps=every,
-        callbacks=callbacks,
+        callbacks=[best, last, Terminal(), bar],
         plugins=[WholeCheckpointIO()],
-        enable_progress_bar=sys.stdout.isatty(),
         enable_model_summary=False,
         num_sanity_val_steps=0,
         **dict.fromkeys(limits, 1 if debug else None),
@@ -1361,28 +1177,28 @@ def make_trainer(
 def train(settings: dict, run: pathlib.Path, debug: bool, step: int | None) -> None:
     """Checks all that can be known to be wrong, then trains, tests and exports."""
     start = time.perf_counter()
-    hub = huggingface_hub.HfApi()
-    processes = settings["devices"] * settings["num_nodes"]
-    check_processes(processes, settings["num_nodes"])
-    check_name("model", settings["model"], hub.model_info)
-    check_name("dataset", settings["dataset"], hub.dataset_info)
+    check_processes(settings["devices"], settings["num_nodes"])
     for flag in ("model", "dataset"):
+        check_name(flag, settings[flag])
         path = pathlib.Path(settings[flag]).resolve()
         if step is None and path.is_relative_to(run.resolve()):
             refuse(f"--{flag}={settings[flag]}: {run} is to move, copy it elsewhere")
-    check_config(settings["model"], settings["seq_length"])
-    samples = load_samples(settings["dataset"], settings["percent"], settings["seed"])
+    samples = load_samples(**settings)
     smallest = min(len(sample) for sample in samples.values())
-    if processes > smallest:
-        few = "reviews in the smallest sample: lower --devices"
-        refuse(f"{processes} processes, but {smallest} {few}")
+    if settings["devices"] * settings["num_nodes"] > smallest:
+        refuse(f"--devices: more of them than {smallest} reviews, the smallest sample")
     module = make_module(settings, samples["train"].features["label"].names)
     with refusing("--devices", pl.utilities.exceptions.MisconfigurationException):
         trainer = make_trainer(settings, run, debug, step)
     folder = run / "version_0"
     last = folder / "checkpoints" / "last.ckpt"
     best = folder / "checkpoints" / "best.ckpt"
-    with only_run(run), running(folder):
+    memory = "memory is full: lower --batch_size or --seq_length"
+    with (
+        refusing(memory, torch.OutOfMemoryError),
+        refusing(f"cannot write to {folder}", *UNSAVED),
+        only_run(run) if rank_zero_only.rank == 0 else contextlib.nullcontext(),
+    ):
         if step is None:
             clear(run, debug)
         resumed = None if step is None else last
@@ -1392,36 +1208,19 @@ def train(settings: dict, run: pathlib.Path, debug: bool, step: int | None) -> N
             finish(module, folder, start)
 
 
-@contextlib.contextmanager
-def running(folder: pathlib.Path) -> Iterator[None]:
-    """Says in one line when memory or disk are full."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        refuse("the GPU's memory is full: lower --batch_size or --seq_length")
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        # torch.save hides the system's error behind its own.
-        if os.strerror(errno.ENOSPC) not in f"{error} {error.__context__}":
-            raise
-        can_resume = (folder / "checkpoints" / "last.ckpt").exists()
-        how = "go on with --resume" if can_resume else "start again"
-        refuse(f"no space left for {folder}: free some, then {how}")
-
-
 def read_texts(file: str) -> Reviews:
     """Reads the reviews to label: a file, or lines of stdin for -."""
     flag = f"--predict={file}"
+    path = pathlib.Path(file)
     if file == "-":
         with refusing(f"{flag}: expected reviews by line", ValueError):
             lines = [line.rstrip("\n") for line in sys.stdin]
         reviews = Reviews.from_dict({"text": lines})
-    else:
-        path = pathlib.Path(file)
-        if path.suffix.lower() not in (*READERS, ".txt", ""):
-            kinds = ", ".join([*READERS, ".txt"])
-            refuse(f"{flag}: expected one of {kinds}, found {path.suffix}")
+    elif path.suffix.lower() in (*KINDS, ".txt", ""):
         reviews = read_file(flag, path)
-    return select(flag, reviews, text=TEXT)
+    else:
+        refuse(f"{flag}: expected one of {', '.join(KINDS)}, .txt")
+    return check_columns(flag, reviews, {"text": {"str"}})
 
 
 def predict(settings: dict, file: str) -> None:
@@ -1447,8 +1246,8 @@ def predict(settings: dict, file: str) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    batches = trainer.predict(module, module.batches(module.encode(reviews)))
-    predictions = torch.cat(batches)
+    reviews = tokenise(reviews, module.tokenizer, **settings)
+    predictions = torch.cat(trainer.predict(module, module.batches(reviews)))
     in_order = predictions[predictions[:, 0].argsort(), 1:]
     table = pandas.DataFrame(in_order, columns=names)
     table.insert(0, "label", table.idxmax(1), allow_duplicates=True)
@@ -1461,18 +1260,19 @@ def quieten() -> None:
         logging.getLogger(logger).setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()
     datasets.logging.set_verbosity(logging.CRITICAL)  # it raises what it logs
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would ask the network
     transformers.logging.disable_progress_bar()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     for decided in (
-        ".*does not have many workers",  # see `batches`
-        ".*Checkpoint directory .* exists and is not empty",  # it does when resuming
-        ".*your dataloader is not resumable",  # it is: see `LengthGroupedBatches`
-        ".*recommended to use `Trainer.devices=1",  # no review is tested twice
-        ".*smaller than the logging interval",  # the epoch's means are logged
-        ".*isinstance.treespec, LeafSpec",  # Lightning's own
+        "does not have many workers",  # see `batches`
+        "Checkpoint directory .* exists and is not empty",  # it does when resuming
+        "your dataloader is not resumable",  # it is: see `LengthGroupedBatches`
+        "recommended to use `Trainer.devices=1",  # no review is tested twice
+        "smaller than the logging interval",  # the epoch's means are logged
+        "isinstance.treespec, LeafSpec",  # Lightning's own
     ):
-        warnings.filterwarnings("ignore", decided)
+        warnings.filterwarnings("ignore", f".*{decided}")
 
 
 def fastest_precision() -> str:
@@ -1503,15 +1303,15 @@ def main(argv: list[str]) -> None:
     given = {k: v for k, v in settings.items() if not FLAGS[k].using_default_value}
     logdir = pathlib.Path(FLAGS.logdir).expanduser()  # as Lightning does
     run = logdir / ("debug" if FLAGS.debug else "imdb")
-    step = None
     if FLAGS.predict is not None:
         last_model = str(logdir / "imdb" / "version_0" / "model")
         settings["model"] = given.get("model", last_model)
         predict(settings, FLAGS.predict)
-        return
-    if FLAGS.resume:
+    elif FLAGS.resume:
         settings, step = check_resume(run / "version_0" / "checkpoints", given)
-    train(settings, run, FLAGS.debug, step)
+        train(settings, run, FLAGS.debug, step)
+    else:
+        train(settings, run, FLAGS.debug, step=None)
 
 
 if __name__ == "__main__":

@@ -173,10 +173,10 @@ def each(table: dict[str, Any]) -> pytest.MarkDecorator:
 ILLEGAL = {
     "--percent=0.5": "--percent",
     "--epochs=inf": "--epochs",
-    "--lr=nan": "--lr",
-    "--momentum=nan": "--momentum",
-    "--weight_decay=nan": "--weight_decay",
-    "--warmup=nan": "--warmup",
+    "--lr=nan": "lr=nan.* below 1",
+    "--momentum=nan": "momentum=nan.* below 1",
+    "--weight_decay=nan": "weight_decay=nan.* below 1",
+    "--warmup=1": "warmup=1.* below 1",
     "--seed=4294967296": "--seed",
     "--epoch=5": "epochs",  # the suggestion
 }
@@ -196,12 +196,12 @@ def test_a_stray_argument_is_refused(stray):
 
 FLAGS = {
     "too long for the model": Case(["--seq_length=65", "64"], {}, {"seq_length": 65}),
-    "processes": Case(["14 processes", "13 reviews", "--devices"], {}, {"devices": 14}),
+    "processes": Case(["13 reviews", "--devices"], {}, {"devices": 14}),
     "machines": Case(["--num_nodes=2", "torchrun"], {}, {"num_nodes": 2}),
     "logs in a cloud": Case(["--logdir=s3://x"], {}, {"logdir": "s3://x"}),
     "logs at an address": Case(["--logdir=file://"], {}, {"logdir": "file:///tmp"}),
-    "logs in a file": Case(["--logdir=new.csv"], {}, {"logdir": "new.csv"}),
-    "logs below a file": Case(["--logdir=new.csv/a"], {}, {"logdir": "new.csv/a"}),
+    "logs in a file": Case(["cannot write to new.csv"], {}, {"logdir": "new.csv"}),
+    "logs below a file": Case(["cannot write to new.csv/a"], {}, {"logdir": "new.csv/a"}),
     "earlier runs cannot be moved": Case(
         ["--logdir=", "cannot move", "logs/imdb"], {"logs.old": "mine"}),
 }  # fmt: skip
@@ -288,7 +288,7 @@ def test_a_second_run_in_a_folder_is_refused(refused, values):
     with main.only_run(pathlib.Path("logs", name)):
         words = ["--logdir=", f"process {os.getpid()} ", f"logs/{name}"]
         refused(Case(words), **values)
-    assert not pathlib.Path("logs", f"{name}.lock").exists()
+    assert not pathlib.Path("logs", f".{name}.lock").exists()
 
 
 def test_a_lock_dies_with_its_process_and_binds_one_folder_alone(run):
@@ -299,7 +299,7 @@ def test_a_lock_dies_with_its_process_and_binds_one_folder_alone(run):
     path = os.environ | {"PYTHONPATH": str(MAIN.parent)}
     done = subprocess.run([sys.executable, "-c", dying], env=path)
     assert done.returncode == -signal.SIGKILL
-    assert pathlib.Path("logs/imdb.lock").exists()
+    assert pathlib.Path("logs/.imdb.lock").exists()
     with main.only_run(pathlib.Path("logs/debug")):
         assert results(run(epochs=1))
     assert [path.name for path in pathlib.Path("logs").iterdir()] == ["imdb"]
@@ -331,15 +331,15 @@ EVIL = pickle.dumps(Evil())
 MODELS = {
     "no config": Case(["config.json"], {C: None}),
     "a broken config": Case(["config.json"], {C: "{"}),
-    "roberta": Case(["BERT", "roberta"], {C: edit(model_type="roberta")}),
-    "a decoder": Case(["encoder", "decoder"], {C: edit(is_decoder=True)}),
+    "roberta": Case(["a BERT's config.json"], {C: edit(model_type="roberta")}),
+    "a decoder": Case(["is_decoder False, found True"], {C: edit(is_decoder=True)}),
     "relative positions": Case(
-        ["absolute", "relative"], {C: edit(position_embedding_type="relative_key")}),
+        ["absolute, found relative_key"], {C: edit(position_embedding_type="relative_key")}),
     "another padding": Case(
-        ["pad_token_id is 3", "tokenizer's 0"], {C: edit(pad_token_id=3)}),
-    "no padding": Case(["pad_token_id is None"], {C: edit(pad_token_id=None)}),
+        ["[PAD] is 0", "pad_token_id 3"], {C: edit(pad_token_id=3)}),
+    "no padding": Case(["[PAD] is 0", "pad_token_id None"], {C: edit(pad_token_id=None)}),
     "another padding of the tokenizer": Case(
-        ["pad_token_id is 0", "tokenizer's 3"],
+        ["[PAD] is 3", "pad_token_id 0"],
         {"model/tokenizer_config.json": edit(pad_token="[SEP]")}),
     "no weights": Case(["model.safetensors"], {W: None}),
     "all but the last of the weights": Case(["safetensors"], {W: lambda all: all[:-9]}),
@@ -414,24 +414,14 @@ def test_code_that_a_model_names_is_never_run(run, place):
 @pytest.mark.parametrize("name", ["", "nowhere", "/nowhere/bert", "a/b/c", "new.csv"])
 @pytest.mark.parametrize("flag", ["model", "dataset"])
 def test_no_such_folder_is_refused(refused, flag, name):
-    hint = "give the folder that holds it" if name == "new.csv" else "no Hub name"
-    refused(Case([f"--{flag}={name}: no such folder", hint], flags={flag: name}))
+    words = [f"--{flag}={name}: expected a folder", "owner/name"]
+    refused(Case(words, flags={flag: name}))
 
 
 @pytest.mark.parametrize("flag", ["model", "dataset"])
-def test_a_name_that_the_hub_lacks_or_hides_is_refused(refused, monkeypatch, flag):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    errors = huggingface_hub.errors
-    lacks = errors.RepositoryNotFoundError("404", response=mock.Mock())
-    advice = ["(timed out)", "--dataset", "--model", "HF_HUB_OFFLINE=1"]
-    answers = {lacks: [f"no such {flag}"], errors.HTTPError("timed\nout"): advice}
-    for answer, words in answers.items():
-        look_up = mock.Mock(side_effect=answer)
-        monkeypatch.setattr(huggingface_hub.HfApi, f"{flag}_info", look_up)
-        refused(Case([f"--{flag}=no/body", *words], flags={flag: "no/body"}))
-        look_up.assert_called_once_with("no/body", timeout=5)  # seconds
+def test_a_name_that_the_hub_does_not_give_is_refused(refused, monkeypatch, flag):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    refused(Case([f"--{flag}=no/body"], flags={flag: "no/body"}))
+    refused(Case([f"--{flag}=no/body: expected"], flags={flag: "no/body"}))
 
 
 def test_local_folders_need_no_network(run, place, monkeypatch):
@@ -473,9 +463,6 @@ configs:
 """
 DATA = {
     "an empty folder": Case(["train and a test"], {"data/*": None}),
-    "a broken card alone": Case(
-        ["train and a test", "parsing"],
-        {"data/*": None, "data/README.md": BROKEN_CARD}),
     "a card that leads elsewhere": Case(
         ["train and a test"],
         {"data/*": None, "data/a.csv": CSV, "data/README.md": EVIL_CARD}),
@@ -485,7 +472,7 @@ DATA = {
     "no test file": Case(["['train']"], {"data/test.csv": None}),
     "no train file": Case(["['test']"], {"data/train.csv": None}),
     "csv and jsonl": Case(
-        ["one train file", "train.csv", "train.jsonl"], {"data/train.jsonl": JSONL}),
+        ["one file each", "train.csv", "train.jsonl"], {"data/train.jsonl": JSONL}),
     "only texts, like aclImdb": Case(["label", "['text']"], {"data/*": None} | {
         f"data/{part}/{kind}/{n}.txt": "film" for part in ("train", "test")
         for kind in ("pos", "neg") for n in range(3)}),
@@ -510,30 +497,30 @@ DATA = {
                        both("text,label,label\n" + "a,1,1\nb,0,0\n" * 20)),
     "two texts in parquet": Case(["text"], both(twice("text"), "parquet")),
     "two labels in parquet": Case(["label"], both(twice("label"), "parquet")),
-    "texts missing": Case(["train: ", "2 of 43", "NA"], train(",1\na film,0\n,0\n")),
-    "a text missing in test": Case(["test: ", "text in every row", "1 of 42"],
+    "texts missing": Case(["train: ", "text", "NoneType"], train(",1\na film,0\n,0\n")),
+    "a text missing in test": Case(["test: ", "text", "NoneType"],
                                    {"data/test.csv": CSV + "a,1\n,1\n"}),
-    "labels missing": Case(["label in every row", "2 of 42"], train("a,\nb,\n")),
-    "null text": Case(["text in every row", "1 of 41"],
+    "labels missing": Case(["label", "NoneType"], train("a,\nb,\n")),
+    "null text": Case(["text", "NoneType"],
                       both(JSONL + '{"text": null, "label": 1}\n', "jsonl")),
     "a label that only test knows": Case(
         ["test has ['7']", "['0', '1']"], {"data/test.csv": CSV + "a film,7\n"}),
     "names in test, numbers in train": Case(
         ["test has ['neg', 'pos']", "['0', '1']"],
         {"data/test.csv": CSV.replace(",0\n", ",neg\n").replace(",1\n", ",pos\n")}),
-    "labels that are broken numbers": Case(["label", "double"], train("a film,0.5\n")),
+    "labels that are broken numbers": Case(["label", "float"], train("a film,0.5\n")),
     "labels that are lists": Case(["label", "list"], both(
         '{"text": "a", "label": [1]}\n{"text": "", "label": [0]}\n' * 20, "jsonl")),
     "texts that are lists": Case(["text", "list"], both(
         '{"text": ["a"], "label": 1}\n{"text": [], "label": 0}\n' * 20, "jsonl")),
     "labels that are yes or no": Case(["label", "bool"], both(
         JSONL.replace(": 0", ": false").replace(": 1", ": true"), "jsonl")),
-    "texts that are numbers": Case(["text", "int64"],
+    "texts that are numbers": Case(["text", "int"],
                                    both("text,label\n" + "1,0\n2,1\n" * 20)),
     "ten reviews": Case(["too few", "1 of 10"], both(
         "text,label\n" + "a,0\nb,1\n" * 5)),
     "a class with one review": Case(["too few"], both(CSV + "a film,2\n")),
-    "a pattern": Case(["--dataset=[ab]: ", "without *"], {
+    "a pattern": Case(["--dataset=[ab]: ", "no *?["], {
         "a/b/train.csv": CSV, "a/b/test.csv": CSV, "[ab]/b/train.csv": CSV},
         {"dataset": "[ab]"}),
     "a small share": Case(["too few", "0 of 40"], {}, {"percent": 1}),
@@ -586,7 +573,6 @@ SOUND = {
         "data/old/train.csv": CSV, "data/eval.csv": "text,label\neval,0\n",
         "data/my test notes.csv": "x,y\n1,2\n", "data/test/0.csv": CSV},
     "one csv and one jsonl": {"data/test.csv": None, "data/test.jsonl": JSONL},
-    "tabs": both(CSV.replace(",", "\t"), "tsv"),
     "capitals in the ending": both(CSV, "CSV"),
     "a byte order mark": both("\ufeff" + CSV),
     "a card without yaml": {"data/README.md": "# Reviews\n"},
@@ -667,7 +653,7 @@ def test_a_run_tells_leaks_baseline_and_blanks(run, tmp_path, capsys):
     assert data.count(blanks) == 1 and blanks not in end
     assert " 3 of test stand in train word for word" in data
     assert " 3 of them stand in train word for word" in end
-    assert "always neg: 76.92 %" in end
+    assert "always neg: 76.92%" in end
 
 
 def test_many_classes_print_little(run, tmp_path, capsys):
@@ -785,10 +771,8 @@ def test_a_full_gpu_names_the_flags_that_help(run, monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="it is Linux's")
-@pytest.mark.parametrize(
-    ("whole", "how"), [(0, "start again"), (3, "on with --resume")]
-)
-def test_a_full_disk_is_told_with_what_can_be_done(run, monkeypatch, whole, how):
+@pytest.mark.parametrize(("whole", "name"), [(0, "best"), (3, "last")])
+def test_a_full_disk_is_told_in_one_line(run, monkeypatch, whole, name):
     """The first checkpoints that are whole are best.ckpt, last.ckpt and best.ckpt."""
     save = torch.save
     saves = itertools.count()
@@ -798,7 +782,7 @@ def test_a_full_disk_is_told_with_what_can_be_done(run, monkeypatch, whole, how)
             save(value, file if next(saves) < whole else full)
 
     monkeypatch.setattr(torch, "save", to_full_disk)
-    with pytest.raises(SystemExit, match=f"no space left for .*: .* {how}$"):
+    with pytest.raises(SystemExit, match=f"cannot save .*{name}.ckpt.* disk full"):
         run()
     assert [path.name for path in pathlib.Path("logs").iterdir()] == ["imdb"]  # no lock
 
@@ -814,19 +798,19 @@ PREDICT = {
     "no text": Case(["text", "['review']"], {"new.csv": "review\na film\n"}),
     "two texts": Case(["one column text"], {"new.csv": "text,text\na film,b\n"}),
     "a broken csv": Case(["line 3"], {"new.csv": "text\na,b\nc,d,e\n"}),
-    "missing text": Case(["1 of 2"], {"new.csv": "text,n\na film,1\n,2\n"}),
-    "numbers": Case(["int64"], {"new.csv": "text\n1\n2\n"}),
+    "missing text": Case(["text", "NoneType"], {"new.csv": "text,n\na film,1\n,2\n"}),
+    "numbers": Case(["'int'"], {"new.csv": "text\n1\n2\n"}),
     "no byte": Case(["new.csv"], {"new.csv": ""}),
     "no rows": Case(["no data"], {"new.csv": "text\n"}),
     "no line": Case(["new.txt"], {"new.txt": ""}, {"predict": "new.txt"}),
     "bytes": Case(["utf-8"], {"new.txt": b"\xff\xfe\x00"}, {"predict": "new.txt"}),
     "an empty jsonl": Case(["new.jsonl"], {"new.jsonl": ""}, {"predict": "new.jsonl"}),
     "a broken jsonl": Case(["new.jsonl"], {"new.jsonl": "{"}, {"predict": "new.jsonl"}),
-    "a packed csv": Case([".tsv", "found .gz"], {"new.csv.gz": b"\x1f\x8b"},
+    "a packed csv": Case([".csv", ".txt"], {"new.csv.gz": b"\x1f\x8b"},
                          {"predict": "new.csv.gz"}),
     "lists": Case(["text", "list"], {"new.jsonl": '{"text": ["a film", "b"]}\n'},
                   {"predict": "new.jsonl"}),
-    "dictionaries": Case(["text", "struct"], {"new.jsonl": '{"text": {"a": "b"}}\n'},
+    "dictionaries": Case(["text", "dict"], {"new.jsonl": '{"text": {"a": "b"}}\n'},
                          {"predict": "new.jsonl"}),
     "no model": Case(["no model in a/b", "--model"], {}, {"model": "a/b"}),
     "no classifier": Case(["model", "no trained classifier"], {}, {"model": "model"}),
@@ -848,7 +832,6 @@ def test_reviews_to_label_are_refused(refused, case):
 
 TEXTS = ["a fine film", 'a "boring" film, clumsy', "a\tfine film"]
 READABLE = {
-    "new.tsv": pandas.DataFrame({"text": TEXTS}).to_csv(sep="\t"),
     "new.CSV": pandas.DataFrame({"text": TEXTS}).to_csv(),
     "new.json": "".join(json.dumps({"text": text}) + "\n" for text in TEXTS),
     "new.txt": "".join(f"{text}\n" for text in TEXTS),
