@@ -1,15 +1,15 @@
-"""Fine-tunes BERT to tell positive from negative film reviews, or any labelled texts.
+"""Fine-tunes BERT to tell good film reviews from bad ones, or any labelled texts.
 
-    python main.py --debug                     the whole way on one batch, in seconds
-    python main.py --percent=50 --epochs=10    half of IMDB; the default is 5 %
-    python main.py --dataset=FOLDER            own reviews: train.csv and test.csv (or
-                                               jsonl, parquet) with text and label
-    python main.py --resume                    go on with an interrupted run
-    python main.py --predict=FILE              label new reviews with the last model
+    python main.py --debug                     all the way on one batch, in seconds
+    python main.py --percent=50 --epochs=10    half of IMDB, not 5 %
+    python main.py --dataset=FOLDER            own train.csv and test.csv (or jsonl,
+                                               parquet) of text and label
+    python main.py --resume                    go on where it stopped
+    python main.py --predict=FILE              label new reviews
     tensorboard --logdir logs                  look at the run
 
-Shapes: B reviews in a batch, N in a sample; T word-pieces of a batch's longest review,
-with [CLS], [SEP] and padding; H the width of the model; C classes.
+Shapes: B reviews in a batch, N in a sample; T word-pieces of a batch's longest
+review, padding included; H the width of the model; C classes.
 
 [1] Devlin et al. 2019, BERT: https://arxiv.org/abs/1810.04805
 [2] Sun et al. 2019, How to Fine-Tune BERT: https://arxiv.org/abs/1905.05583
@@ -26,7 +26,6 @@ import json
 import logging
 import math
 import os
-import pathlib
 import pickle
 import re
 import signal
@@ -34,6 +33,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 if __name__ == "__main__":
@@ -42,7 +42,6 @@ if __name__ == "__main__":
 
 import datasets
 import filelock
-import huggingface_hub
 import pandas
 import pytorch_lightning as pl
 import safetensors
@@ -56,29 +55,31 @@ import transformers
 from absl import app, flags
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor
+from torch.utils.data import DataLoader
 from torchmetrics.functional import classification
 from transformers.integrations import sdpa_attention
 from transformers.models.bert import modeling_bert
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Tensor]
 Reviews = datasets.Dataset
 Samples = datasets.DatasetDict  # train, val, test
 FLAGS = flags.FLAGS
-# Flags that do not belong to the experiment: a resumed run may have others.
+# Flags in which a resumed run may differ.
 RUN_FLAGS = ("debug", "predict", "resume", "logdir")
 SAVE_EVERY = 600  # seconds after which the next step writes `last.ckpt`
 LOG_EVERY = 10  # steps: to log, the host waits for the device
 SAY_EVERY = 60  # seconds between two lines of progress, at least
 SHOWN = 20  # classes, and errors, shown at most
 KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-COLUMNS = {"text": {"str"}, "label": {"str", "int"}}
-UNSAVED = (OSError, safetensors.SafetensorError)
+# What libraries raise of files that cannot be read or written.
+UNSOUND = (OSError, pickle.UnpicklingError, safetensors.SafetensorError)
 UNREADABLE = (
+    datasets.exceptions.DatasetsError,
     OSError,
     RuntimeError,
     StopIteration,
     ValueError,
-    datasets.exceptions.DatasetsError,
 )
 
 # fmt: off
@@ -162,7 +163,7 @@ def say(head: str, text: str) -> None:
     try:
         tqdm.tqdm.write(f"{head:10}{text}", file=sys.stdout)
         sys.stdout.flush()
-    except BrokenPipeError:  # of `| head`: its reader has gone, the run goes on
+    except BrokenPipeError:  # of `| head`: the run goes on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -173,14 +174,14 @@ say_once = functools.cache(say)
 
 
 def check_name(flag: str, name: str) -> None:
-    """Refuses what is neither a folder nor a name that the Hub could know."""
+    """Refuses what is neither a folder nor a name for the Hub."""
     is_hub_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)
     if os.path.isfile(name) or not (os.path.isdir(name) or is_hub_name):
         refuse(f"--{flag}={name}: expected a folder, or owner/name on the Hub")
 
 
-def read_file(flag: str, path: pathlib.Path) -> Reviews:
-    """Reads one file; its content names the cache, as times and names come again."""
+def read_file(flag: str, path: Path) -> Reviews:
+    """Reads one file; its content names the cache, as paths come again."""
     with refusing(f"{flag}: expected reviews in {path}", *UNREADABLE):
         content = hashlib.sha256(path.read_bytes()).hexdigest()
         return datasets.load_dataset(
@@ -192,35 +193,31 @@ def read_file(flag: str, path: pathlib.Path) -> Reviews:
 
 
 def check_columns(flag: str, reviews: Reviews, columns: dict) -> Reviews:
-    """Returns these columns alone; refuses one that lacks, or holds other values."""
+    """Returns these columns alone, each there and of its type."""
     found = reviews.column_names
     for column, expected in columns.items():
         # pandas calls a second column text text.1.
         if column not in found or f"{column}.1" in found:
             refuse(f"{flag}: expected one column {column}, found {found}")
-        kinds = {type(value).__name__ for value in reviews[column]}
-        if not kinds <= expected:
-            refuse(f"{flag}: expected {column} as {expected}, found {sorted(kinds)}")
+        kinds = sorted({type(value).__name__ for value in reviews[column]})
+        if not {*kinds} <= expected:
+            refuse(f"{flag}: expected {column} of {expected}, found {kinds}")
     return reviews.select_columns([*columns])
-
-
-def name_labels(flag: str, split: Reviews) -> list[str]:
-    """Returns the name of each review's label, without blanks around it."""
-    labels = split["label"][:]
-    classes = split.features["label"]
-    if isinstance(classes, datasets.ClassLabel):
-        with refusing(f"{flag}: expected a label in every row", ValueError):  # -1
-            labels = classes.int2str(labels)
-    names = [str(label).strip() for label in labels]
-    if len({*names}) < len({*labels}):
-        say_once("Data", "labels that differ by blanks around them are one class")
-    return names
 
 
 def match_labels(flag: str, splits: Samples) -> Samples:
     """Makes `label` the same `ClassLabel` in both splits, matched by name."""
-    names = {part: name_labels(f"{flag}: {part}", splits[part]) for part in splits}
-    # In the order of train's numbers, or of its words: 9 before 10.
+    names = {}
+    for part, split in splits.items():
+        labels = split["label"][:]
+        classes = split.features["label"]
+        if isinstance(classes, datasets.ClassLabel):
+            with refusing(f"{flag}: {part}: a label is missing", ValueError):  # -1
+                labels = classes.int2str(labels)
+        names[part] = [str(label).strip() for label in labels]
+        if len({*names[part]}) < len({*labels}):
+            say_once("Data", "labels that differ by blanks alone are one class")
+    # In the order of train's numbers or words: 9 before 10.
     pairs = sorted({*zip(splits["train"]["label"], names["train"], strict=True)})
     classes = datasets.ClassLabel(names=[*dict.fromkeys(name for _, name in pairs)])
     if classes.num_classes < 2:
@@ -237,15 +234,11 @@ def match_labels(flag: str, splits: Samples) -> Samples:
 
 
 def load_splits(dataset: str) -> Samples:
-    """Loads and checks train and test.
-
-    Of a folder these are its files `train.*` and `test.*`, and no neighbours; a folder
-    without them is read as the Hub lays it out.
-    """
+    """Loads a folder's train.* and test.* alone, or what the Hub would."""
     flag = "--dataset=" + dataset
     files = [
         path
-        for path in sorted(pathlib.Path(dataset).glob("*"))
+        for path in sorted(Path(dataset).glob("*"))
         if path.stem in ("train", "test") and path.suffix.lower() in KINDS
     ]
     found = {path.stem: read_file(flag, path) for path in files}
@@ -257,15 +250,18 @@ def load_splits(dataset: str) -> Samples:
         with refusing(f"{flag}: expected a train and a test file", *UNREADABLE):
             found = datasets.load_dataset(dataset)
     splits = Samples()
+    columns = {"text": {"str"}, "label": {"str", "int"}}
     for part in ("train", "test"):
         if part not in found:
             refuse(f"{flag}: expected train and test, found {[*found]}")
-        splits[part] = check_columns(f"{flag}: {part}", found[part], COLUMNS)
+        splits[part] = check_columns(f"{flag}: {part}", found[part], columns)
     return match_labels(flag, splits)
 
 
-def stratified(reviews: Reviews, percent: int, seed: int) -> tuple[Reviews, Reviews]:
-    """Draws a percentage of reviews, stratified by class; returns it and the rest."""
+def stratified(
+    reviews: Reviews, percent: int, seed: int
+) -> tuple[Reviews, Reviews]:
+    """Returns a drawn percentage of each class, and the rest."""
     size = round(len(reviews) * percent / 100)
     with refusing(f"too few reviews: {size} of {len(reviews)}", ValueError):
         parts = reviews.train_test_split(
@@ -275,7 +271,7 @@ def stratified(reviews: Reviews, percent: int, seed: int) -> tuple[Reviews, Revi
 
 
 def load_samples(dataset: str, percent: int, seed: int, **_: Any) -> Samples:
-    """Draws the samples train and test, and a tenth of train for validation."""
+    """Draws train and test, and a tenth of train for validation."""
     splits = load_splits(dataset)
     if percent < 100:
         for part, split in splits.items():
@@ -284,63 +280,52 @@ def load_samples(dataset: str, percent: int, seed: int, **_: Any) -> Samples:
     return Samples(train=train, val=val, test=splits["test"])
 
 
-def fingerprint(samples: Samples) -> str:
-    """Returns a hash of all texts and labels in order."""
-    columns = [[s["text"][:], s["label"][:]] for s in samples.values()]
-    return hashlib.sha256(json.dumps(columns).encode()).hexdigest()
-
-
 def tokenise(
     samples: Any, tokenizer: Any, seq_length: int, truncation: str, **_: Any
 ) -> Any:
-    """Turns texts into word-pieces, at most `seq_length`; cached on disk by `datasets`.
+    """Turns texts into word-pieces, at most `seq_length`; cached by `datasets`.
 
-    Returns:
-        `samples` with the columns `row` (number of the review), `input_ids`, `length`,
-        and `cut` (word-pieces cut away) instead of `text`.
+    `row` numbers the reviews, `cut` counts the word-pieces cut away.
     """
     room = seq_length - 2  # [CLS] and [SEP]
     head = {"head": room, "tail": 0, "head_tail": room // 4}[truncation]
-    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+    cls = tokenizer.cls_token_id
+    sep = tokenizer.sep_token_id
 
-    # Its variables name the cache: `self` or FLAGS among them, it is not found again.
+    # Its variables name the cache, so neither `self` nor FLAGS.
     def encode(batch: dict[str, list], rows: list[int]) -> dict[str, list]:
-        pieces = tokenizer(batch["text"], add_special_tokens=False, verbose=False)
-        cuts = [max(0, len(review) - room) for review in pieces["input_ids"]]
-        input_ids = [
-            [cls, *review[:head], *review[head + cut :], sep]
-            for review, cut in zip(pieces["input_ids"], cuts, strict=True)
-        ]
-        lengths = [len(review) for review in input_ids]
-        return {"row": rows, "input_ids": input_ids, "length": lengths, "cut": cuts}
+        columns = {"row": rows, "input_ids": [], "length": [], "cut": []}
+        encoded = tokenizer(batch["text"], add_special_tokens=False, verbose=False)
+        for pieces in encoded["input_ids"]:
+            cut = max(0, len(pieces) - room)
+            review = [cls, *pieces[:head], *pieces[head + cut :], sep]
+            columns["input_ids"].append(review)
+            columns["length"].append(len(review))
+            columns["cut"].append(cut)
+        return columns
 
-    return samples.map(
-        encode,
-        batched=True,
-        with_indices=True,
-        remove_columns="text",
-        desc="Tokenising",
-    )
+    options = {"with_indices": True, "remove_columns": "text", "desc": "Tokenising"}
+    return samples.map(encode, batched=True, **options)
 
 
 @dataclasses.dataclass(eq=False)
 class LengthGroupedBatches(torch.utils.data.Sampler):
     """Draws batches of reviews of like length, each review once.
 
-    The two longest lead, as the first step has no optimiser's state yet: so the first
-    steps hold about as much memory as any that follows.
+    The two longest lead, as AdamW has its state from the second step on: so the
+    first steps hold about as much memory as any.
 
-    The plan follows from (seed, epoch) alone, so a resumed epoch makes it again and
+    The plan follows from (seed, epoch) alone. A resumed epoch makes it again and
     skips what is done: that makes resuming exact. Each process takes every
-    `world_size`-th batch of it; sizes differ by one review at most.
+    `world_size`-th batch; sizes differ by one review at most.
     """
 
-    lengths: torch.Tensor  # <int64>[N] word-pieces of each review
+    lengths: Tensor  # <int64>[N] word-pieces of each review
     batch_size: int  # reviews, at most; batches of one may take two
     rank: int = 0  # this process, of `world_size`
     world_size: int = 1
-    seed: int | None = None  # shuffles batches, and like lengths among them; or neither
-    progress: Any = None  # Lightning's count of the epoch's batches, `ready` of them
+    seed: int | None = None  # shuffles batches, and like lengths among them
+    progress: Any = None  # Lightning's count of batches done
     epoch: int = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -349,19 +334,21 @@ class LengthGroupedBatches(torch.utils.data.Sampler):
     def __len__(self) -> int:
         size = len(self.lengths)
         batches = math.ceil(size / (self.batch_size * self.world_size))
-        # The latter where batches of one would leave a process without its last.
+        # The latter where batches of one would leave a process without.
         return min(batches, size // self.world_size)
 
     def plan(self) -> list[list[int]]:
-        """Returns this process's batches of the epoch, as rows of the sample."""
+        """Returns this process's batches of the epoch, as rows."""
         lengths = self.lengths.double()
         order = torch.arange(len(self))
         if self.seed is not None:
-            # Unlike a string's, the hash of integers is the same in every process.
+            # The hash of integers, unlike a string's, is always the same.
             mixed = hash((self.seed, self.epoch)) % 2**32
             generator = torch.Generator().manual_seed(mixed)
             # A jitter of 1 % makes new batches every epoch, for little padding.
-            jitter = torch.rand(len(lengths), generator=generator, dtype=torch.double)
+            jitter = torch.rand(
+                len(lengths), generator=generator, dtype=torch.double
+            )
             lengths *= 1 + jitter / 100
             shuffled = torch.randperm(max(0, len(self) - 2), generator=generator)
             order[2:] = 2 + shuffled
@@ -370,8 +357,8 @@ class LengthGroupedBatches(torch.utils.data.Sampler):
         return [batches[self.world_size * i + self.rank].tolist() for i in order]
 
     def __iter__(self) -> Iterator[list[int]]:
-        # A generator on purpose: Lightning makes the iterator first and restores its
-        # counters afterwards, and nothing below runs before the first batch is asked.
+        # Lazy on purpose: Lightning makes the iterator first, then restores its
+        # counters, and nothing below runs before the first batch is asked for.
         done = self.progress.current.ready if self.progress else 0
         yield from self.plan()[done:]
 
@@ -380,7 +367,7 @@ class LengthGroupedBatches(torch.utils.data.Sampler):
 
 
 def check_config(model: str, seq_length: int) -> dict:
-    """Returns the config of a BERT that takes `seq_length`; refuses anything else."""
+    """Returns the config of a BERT that takes `seq_length`."""
     flag = "--model=" + model
     with refusing(f"{flag}: expected a config.json", OSError):
         config, _ = transformers.PretrainedConfig.get_config_dict(model)
@@ -398,13 +385,12 @@ def check_config(model: str, seq_length: int) -> dict:
 
 
 def load_tokenizer(model: str, config: dict) -> transformers.BertTokenizer:
-    """Loads a tokenizer that drops `<br />` tags and reads "[SEP]" as plain text."""
+    """Loads a tokenizer that drops `<br />`, and reads "[SEP]" as text."""
     flag = "--model=" + model
+    load = transformers.BertTokenizer.from_pretrained
     with refusing(f"{flag}: expected a tokenizer", OSError, ValueError):
-        tokenizer = transformers.BertTokenizer.from_pretrained(
-            model, split_special_tokens=True
-        )
-    # With its files missing, transformers makes one that knows special tokens only.
+        tokenizer = load(model, split_special_tokens=True)
+    # transformers makes one of special tokens if its files are missing.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         refuse(f"{flag}: expected a tokenizer, found no vocabulary")
     pad = config.get("pad_token_id", 0)
@@ -420,19 +406,15 @@ def load_tokenizer(model: str, config: dict) -> transformers.BertTokenizer:
 
 
 def load_bert(model: str, names: list[str], trained: bool) -> torch.nn.Module:
-    """Loads float32 weights, ready to train, with a classifier of the named classes.
-
-    Args:
-        trained: Whether the classifier must be there; else one may start anew.
-    """
+    """Loads float32 weights; if `trained`, the classifier must be among them."""
     flag = "--model=" + model
-    broken = (*UNSAVED, pickle.UnpicklingError)
-    with refusing(f"{flag}: expected sound safetensors", *broken):
+    classes = dict(enumerate(names))
+    with refusing(f"{flag}: expected sound safetensors", *UNSOUND):
         earlier = transformers.BertConfig.from_pretrained(model).id2label
         bert, info = modeling_bert.BertForSequenceClassification.from_pretrained(
             model,
-            id2label=dict(enumerate(names)),
-            label2id={name: number for number, name in enumerate(names)},
+            id2label=classes,
+            label2id={name: number for number, name in classes.items()},
             problem_type="single_label_classification",
             dtype=torch.float32,
             attention_probs_dropout_prob=0.0,  # to draw it is slow on a CPU
@@ -448,67 +430,73 @@ def load_bert(model: str, names: list[str], trained: bool) -> torch.nn.Module:
         refuse(f"{flag}: {len(lost)} weights lack or misfit: {lost[:2]}")
     for key, weights in bert.named_parameters():
         if not weights.isfinite().all():
-            refuse(f"{flag}: expected numbers as weights, found NaN or inf in {key}")
+            refuse(f"{flag}: found NaN or inf in {key}")
     if "bert.pooler.dense.weight" in new:
         say("Model", "its pooler lacks, and starts from random weights")
     had_head = "classifier.weight" not in info["missing_keys"]
-    if had_head and not trained and earlier != dict(enumerate(names)):
+    if had_head and not trained and earlier != classes:
         say("Model", f"a new classifier: the earlier is not of {names[:SHOWN]}")
-        torch.nn.init.normal_(bert.classifier.weight, std=bert.config.initializer_range)
+        std = bert.config.initializer_range
+        torch.nn.init.normal_(bert.classifier.weight, std=std)
         torch.nn.init.zeros_(bert.classifier.bias)
     return bert.train()  # it comes in eval mode, with dropout off
 
 
-# Faster on a CPU. Without this section, and the line that calls `speed_up`, the same
-# model trains. The gains are those of training steps with MiniLM at 256 in bf16, on two
-# cores with AMX: medians of five rounds in turn.
+# Faster on a CPU: without it, and the call of `speed_up`, the same model trains.
+# Gains: medians of five rounds of steps, MiniLM at 256 in bf16, two cores with AMX.
 
 
 class Dropout(torch.nn.Dropout):
-    """Draws 16 random bits an element, where PyTorch draws slowly: 1.16 times."""
+    """Draws 16 random bits an element: 1.16 times."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if not self.training or x.device.type != "cpu":
             return super().forward(x)
         bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64)
-        bits = bits.random_(-(2**63), None).view(torch.int16)[: x.numel()].view_as(x)
+        bits = (
+            bits.random_(-(2**63), None).view(torch.int16)[: x.numel()].view_as(x)
+        )
         kept = bits >= round(self.p * 2**16) - 2**15
         return x * (kept.to(x.dtype) / (1 - self.p))
 
 
 class ClsLayer(modeling_bert.BertLayer):
-    """The last layer for [CLS] alone, all that the classifier reads: 1.14 times."""
+    """The last layer for [CLS], all that the classifier reads: 1.14 times."""
 
-    def forward(
-        self, hidden: torch.Tensor, mask: Any, *_: Any, **__: Any
-    ) -> torch.Tensor:
+    def forward(self, hidden: Tensor, mask: Any, *_: Any, **__: Any) -> Tensor:
         cls = hidden[:, :1]  # [B, 1, H] of [B, T, H]
-        # It takes the queries of [CLS], the keys and values of all; same weights.
+        # Queries of [CLS], keys and values of all, by the same weights.
         cross_attend = modeling_bert.BertCrossAttention.forward
         context, _ = cross_attend(self.attention.self, cls, hidden, mask)
         return self.feed_forward_chunk(self.attention.output(context, cls))
 
 
-def cast_once(module: torch.nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
-    """Casts the embeddings to bf16, so that no layer casts its input: 1.11 times."""
+def cast_once(module: torch.nn.Module, args: Any, out: Tensor) -> Tensor:
+    """Casts to bf16, so that no layer need cast its input: 1.11 times."""
     return out.bfloat16() if torch.is_autocast_enabled("cpu") else out
 
 
 def attend_plainly(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor
-) -> torch.Tensor:
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor
+) -> Tensor:
     scores = query @ key.mT  # [..., heads, T, T]
     scores += bias
     return scores.softmax(-1) @ value
 
 
 def attend(
-    module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **_: Any
-) -> tuple[torch.Tensor, None]:
-    """Trains without fused attention, whose gradient is slow in bf16: 1.33 times.
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: Any,
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Trains without fused attention, slow in bf16: 1.33 times.
 
-    Above 256 word-pieces the probabilities, a third of a step's memory, are not kept
-    but computed again for the gradient, by review.
+    Above 256 word-pieces the probabilities, a third of a step's memory,
+    are computed again for the gradient, by review.
     """
     if not (module.training and torch.is_autocast_enabled("cpu")):
         fused = sdpa_attention.sdpa_attention_forward
@@ -519,7 +507,9 @@ def attend(
         again = torch.utils.checkpoint.checkpoint
         options = {"use_reentrant": False, "preserve_rng_state": False}
         reviews = zip(*inputs, strict=True)
-        context = torch.stack([again(attend_plainly, *r, **options) for r in reviews])
+        context = torch.stack(
+            [again(attend_plainly, *r, **options) for r in reviews]
+        )
     else:
         context = attend_plainly(*inputs)
     return context.transpose(1, 2), None
@@ -539,23 +529,21 @@ def speed_up(bert: torch.nn.Module) -> None:
 
 
 class IMDBSentimentClassifier(pl.LightningModule):
-    """BERT with a classifier of [CLS], and its data, metrics and optimiser.
+    """BERT with a classifier of [CLS], its data, metrics and optimiser.
 
-    Args:
-        tokenizer: The model's.
-        bert: A `BertForSequenceClassification` with one logit a class.
-        settings: `label_names`, in the order of their numbers, and the flags by name,
-            those of the Trainer too, to be noted.
+    `settings` are the `label_names`, in the order of their numbers, and the flags.
     """
 
-    def __init__(self, tokenizer: Any, bert: torch.nn.Module, **settings: Any) -> None:
+    def __init__(
+        self, tokenizer: Any, bert: torch.nn.Module, **settings: Any
+    ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["tokenizer", "bert"])
         self.tokenizer = tokenizer
         self.pad = tokenizer.pad_token_id
         self.bert = bert
         self.samples = None
-        # Of the epoch so far; they are saved, so that a resumed epoch has its mean.
+        # Of the epoch so far; saved for a resumed epoch.
         self.mean_loss = torchmetrics.MeanMetric(nan_strategy="disable")
         self.mean_acc = torchmetrics.MeanMetric(nan_strategy="disable")
         self.mean_loss.persistent(True)
@@ -563,7 +551,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
         # Row, label and logits of each review: <float32>[N, 2 + C].
         self.scored = torchmetrics.CatMetric(nan_strategy="disable")
 
-    # Data: one process a machine fills the cache, all read it in `setup`.
+    # Data: one process fills the cache, all read it in `setup`.
 
     def prepare_data(self) -> None:
         if self.samples is None and not self.trainer.predicting:
@@ -574,13 +562,15 @@ class IMDBSentimentClassifier(pl.LightningModule):
             samples = load_samples(**self.hparams)
             known = {*samples["train"]["text"], *samples["val"]["text"]}
             self.leaks = sum(text in known for text in samples["test"]["text"])
-            self.fingerprint = fingerprint(samples)
+            columns = [[s["text"][:], s["label"][:]] for s in samples.values()]
+            content = json.dumps(columns).encode()
+            self.fingerprint = hashlib.sha256(content).hexdigest()
             self.samples = tokenise(samples, self.tokenizer, **self.hparams)
 
-    def batches(self, sample: Reviews, **plan: Any) -> torch.utils.data.DataLoader:
-        """Batches a sample; reading it costs less than a worker process would."""
+    def batches(self, sample: Reviews, **plan: Any) -> DataLoader:
+        """Batches a sample, which is too fast to need worker processes."""
         lengths = torch.tensor(sample["length"][:])
-        return torch.utils.data.DataLoader(
+        return DataLoader(
             sample.remove_columns(["length", "cut"]),
             sampler=LengthGroupedBatches(lengths, self.hparams.batch_size, **plan),
             batch_size=None,  # the sampler draws whole batches
@@ -589,37 +579,39 @@ class IMDBSentimentClassifier(pl.LightningModule):
         )
 
     def collate(self, columns: dict[str, list]) -> Batch:
-        """Pads to the longest review: <int64>[B, T] input_ids; <int64>[B] others."""
+        """Pads input_ids to <int64>[B, T]; the others are <int64>[B]."""
         reviews = [torch.tensor(review) for review in columns.pop("input_ids")]
         longest = max(len(review) for review in reviews)
-        # To few lengths, as oneDNN keeps kernels, 16 MB and more, for each.
+        # To few lengths, as oneDNN keeps 16 MB of kernels for each.
         limit = self.hparams.seq_length
         step = max(8, limit // 32)
         length = min(math.ceil(longest / step) * step, limit)
-        batch = {f"{name}s": torch.tensor(column) for name, column in columns.items()}
+        batch = {
+            f"{name}s": torch.tensor(column) for name, column in columns.items()
+        }
         batch["input_ids"] = torch.full((len(reviews), length), self.pad)
         for row, review in enumerate(reviews):
             batch["input_ids"][row, : len(review)] = review
         return batch
 
-    def share(self, part: str, **plan: Any) -> torch.utils.data.DataLoader:
+    def share(self, part: str, **plan: Any) -> DataLoader:
         """Batches this process's share of a sample."""
         own = {"rank": self.global_rank, "world_size": self.trainer.world_size}
         return self.batches(self.samples[part], **own, **plan)
 
-    def train_dataloader(self) -> torch.utils.data.DataLoader:
+    def train_dataloader(self) -> DataLoader:
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
         return self.share("train", seed=self.hparams.seed, progress=progress)
 
-    def val_dataloader(self) -> torch.utils.data.DataLoader:
+    def val_dataloader(self) -> DataLoader:
         return self.share("val")
 
-    def test_dataloader(self) -> torch.utils.data.DataLoader:
+    def test_dataloader(self) -> DataLoader:
         return self.share("test")
 
     # Steps.
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: Tensor) -> Tensor:
         """Returns the logits, <float32>[B, C], of word-pieces, <int64>[B, T]."""
         mask = input_ids.ne(self.pad)[:, None, None]  # [B, 1, 1, T]
         return self.bert(input_ids, attention_mask=mask).logits.float()
@@ -631,30 +623,32 @@ class IMDBSentimentClassifier(pl.LightningModule):
     on_train_epoch_start = on_train_start  # not called where an epoch is resumed
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        # Dropout follows from (seed, step), so that a resumed run draws the same.
+        # Dropout follows from (seed, step): a resumed run draws the same.
         numbers = (self.hparams.seed, self.global_step, self.global_rank)
         torch.manual_seed(hash(numbers) % 2**32)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         logits = self(batch["input_ids"])
         loss = F.cross_entropy(logits, batch["labels"])
         acc = logits.argmax(-1).eq(batch["labels"]).float().mean()
         self.mean_loss.update(loss.detach(), len(logits))
         self.mean_acc.update(acc, len(logits))
         self.pieces += batch["input_ids"].ne(self.pad).sum()
-        # To read a number, the host waits for the device: not at every step.
+        # The host waits for the device to read a number.
         step = self.global_step
         is_due = (step + 1) % self.trainer.log_every_n_steps == 0
         if is_due or self.trainer.is_last_batch:
             if not loss.isfinite():
-                refuse(f"the loss is {loss:.0f} at step {step + 1}: try a lower --lr")
+                refuse(
+                    f"the loss is {loss:.0f} at step {step + 1}: try a lower --lr"
+                )
             seconds = time.perf_counter() - self.clock
             figures = {
                 "train_loss": loss,
                 "train_acc": acc,
                 "speed": self.pieces / seconds * self.trainer.world_size,
                 "lr": self.optimizers().param_groups[0]["lr"],
-                "step": float(step),  # of the curves; else Lightning draws `epoch`
+                "step": float(step),  # else Lightning draws `epoch`
             }
             self.log_dict(figures)
         return loss
@@ -665,8 +659,8 @@ class IMDBSentimentClassifier(pl.LightningModule):
 
     test_step = validation_step
 
-    def score(self, stage: str) -> torch.Tensor:
-        """Logs the stage's metrics over reviews, of all processes; returns `scored`."""
+    def score(self, stage: str) -> Tensor:
+        """Logs the metrics over all processes' reviews; returns `scored`."""
         scored = self.scored.compute()
         self.scored.reset()
         labels = scored[:, 1].long()
@@ -674,11 +668,13 @@ class IMDBSentimentClassifier(pl.LightningModule):
         each = (logits.softmax(-1), labels, logits.shape[1])
         figures = {
             f"{stage}_loss": F.cross_entropy(logits, labels),
-            f"{stage}_acc": classification.multiclass_accuracy(*each, average="micro"),
+            f"{stage}_acc": classification.multiclass_accuracy(
+                *each, average="micro"
+            ),
             f"{stage}_f1": classification.multiclass_f1_score(*each),
             f"{stage}_ece": classification.multiclass_calibration_error(*each),
         }
-        # Those of test go to TensorBoard with the hyper-parameters, at the end.
+        # Those of test go to TensorBoard at the end.
         self.log_dict(figures, logger=stage == "val", sync_dist=True)
         return scored
 
@@ -696,7 +692,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         self.predictions = self.score("test").cpu()
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns rows and probabilities, <float32>[B, 1 + C]."""
         probabilities = self(batch["input_ids"]).softmax(-1)
         return torch.column_stack([batch["rows"], probabilities])
@@ -705,11 +701,12 @@ class IMDBSentimentClassifier(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         hp = self.hparams
-        parameters = [*self.parameters()]
         if hp.optimizer == "sgd":
-            return torch.optim.SGD(parameters, lr=hp.lr, momentum=hp.momentum)
-        matrices = [p for p in parameters if p.ndim > 1]
-        vectors = [p for p in parameters if p.ndim < 2]
+            return torch.optim.SGD(
+                self.parameters(), lr=hp.lr, momentum=hp.momentum
+            )
+        matrices = [p for p in self.parameters() if p.ndim > 1]
+        vectors = [p for p in self.parameters() if p.ndim < 2]
         optimizer = torch.optim.AdamW(
             [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
             lr=hp.lr,
@@ -718,51 +715,56 @@ class IMDBSentimentClassifier(pl.LightningModule):
             fused=True,
         )
         steps = self.trainer.estimated_stepping_batches
-        schedule = transformers.get_linear_schedule_with_warmup(
-            optimizer, round(hp.warmup * steps), steps
+        warmup = round(hp.warmup * steps)
+        linear = transformers.get_linear_schedule_with_warmup(
+            optimizer, warmup, steps
         )
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+        return [optimizer], [{"scheduler": linear, "interval": "step"}]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        # Lightning itself refuses to clip for a fused optimiser in mixed precision.
+        # Lightning refuses to, for a fused optimiser in mixed precision.
         torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
 
     # Checkpoints and export.
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         figures = self.trainer.callback_metrics.items()
-        checkpoint["val"] = {k: v.item() for k, v in figures if k.startswith("val_")}
+        checkpoint["val"] = {
+            k: v.item() for k, v in figures if k.startswith("val_")
+        }
         checkpoint["fingerprint"] = self.fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         if checkpoint["fingerprint"] != self.fingerprint:
             refuse(f"--dataset={self.hparams.dataset}: not the reviews of this run")
 
-    def export(self, folder: pathlib.Path) -> None:
-        """Saves model and tokenizer for `transformers.pipeline`, to cut as trained."""
+    def export(self, folder: Path) -> None:
+        """Saves model and tokenizer for `transformers.pipeline`."""
         cut = {name: self.hparams[name] for name in ("seq_length", "truncation")}
         self.bert.config.update(cut)
         self.bert.save_pretrained(folder)
-        # Loaded as a BertTokenizer it would no longer drop `<br />` tags.
+        # As a BertTokenizer it would no longer drop `<br />`.
         self.tokenizer.__class__ = transformers.PreTrainedTokenizerFast
-        self.tokenizer.init_kwargs["truncation_side"] = None  # else it is not saved
+        self.tokenizer.init_kwargs["truncation_side"] = None  # to save it
         self.tokenizer.model_max_length = cut["seq_length"]
         side = "left" if cut["truncation"] == "tail" else "right"
         self.tokenizer.truncation_side = side
         self.tokenizer.save_pretrained(folder)
 
 
-# Checkpoints and runs: saved whole, saved on signals, resumed, one at a time.
+# Checkpoints and runs: saved whole, resumed, one at a time.
 
 
 class WholeCheckpointIO(pl.plugins.TorchCheckpointIO):
-    """Writes beside the earlier checkpoint and renames, so that one is always whole.
+    """Writes beside the earlier and renames: one is always whole.
 
-    Lightning's own builds it in memory, then in /tmp, which may be another disk.
+    Lightning's own builds it in memory, then in /tmp, perhaps another disk.
     """
 
-    def save_checkpoint(self, checkpoint: dict, path: str, *_: Any, **__: Any) -> None:
-        partial = pathlib.Path(f"{path}.partial")
+    def save_checkpoint(
+        self, checkpoint: dict, path: str, *_: Any, **__: Any
+    ) -> None:
+        partial = Path(f"{path}.partial")
         with refusing(f"cannot save {path}, disk full?", OSError, RuntimeError):
             partial.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("wb", buffering=0) as file:
@@ -771,21 +773,8 @@ class WholeCheckpointIO(pl.plugins.TorchCheckpointIO):
             partial.replace(path)
 
 
-class BestCheckpoint(pl.callbacks.ModelCheckpoint):
-    """Keeps `best.ckpt`, of the best `val_acc`; of equals the later, as rates fall."""
-
-    def check_monitor_top_k(
-        self, trainer: pl.Trainer, current: torch.Tensor | None = None
-    ) -> bool:
-        return self.best_model_score is None or bool(current >= self.best_model_score)
-
-    def load_state_dict(self, state: dict) -> None:
-        # Of a run that was moved, or is named otherwise, Lightning forgets the best.
-        super().load_state_dict(state | {"dirpath": self.dirpath})
-
-
 def stop(signum: int, *_: Any, how: str = "") -> None:
-    """Ends the program on a signal, with the status that a shell gives it."""
+    """Ends the program on a signal, with a shell's status for it."""
     if rank_zero_only.rank == 0:
         print(f"\nStopped{how}", file=sys.stderr, flush=True)
     sys.exit(128 + signum)
@@ -796,50 +785,63 @@ def on_signals(handler: Callable) -> None:
         signal.signal(signum, handler)
 
 
-class LastCheckpoint(pl.callbacks.Checkpoint):
-    """Writes `last.ckpt` every ten minutes, after each validation, and on a signal.
+class Checkpoints(pl.callbacks.Checkpoint):
+    """Writes `best.ckpt`, and what a run goes on from, `last.ckpt`.
 
-    A signal ends the run once the step, or the validation, is done and saved.
+    The latter every ten minutes, after each validation, and on a signal, which
+    ends the run once the step, or the validation, is done and saved.
     """
 
-    def __init__(self, path: pathlib.Path) -> None:
-        self.path = path
+    def __init__(self, folder: Path) -> None:
+        self.best = folder / "best.ckpt"
+        self.last = folder / "last.ckpt"
+        self.best_acc = 0.0
         self.signum = 0
         self.saved = time.monotonic()
+
+    def state_dict(self) -> dict:
+        return {"best_acc": self.best_acc}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.best_acc = state["best_acc"]
 
     def note(self, signum: int, _: Any) -> None:
         self.signum = signum
 
     def stop(self, signum: int, *_: Any) -> None:
-        stop(signum, how=f"; all is saved in {self.path}: --resume goes on")
+        stop(signum, how=f"; all is saved in {self.last}: --resume goes on")
 
     def on_train_start(self, *_: Any) -> None:
         on_signals(self.note)
 
     def on_test_start(self, *_: Any) -> None:
-        on_signals(self.stop)
+        on_signals(self.stop)  # Lightning took back those of training
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        # An epoch saved at its last step would be resumed without its validation.
+        # Saved at an epoch's last step, it would skip the validation.
         if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             self.save(trainer, time.monotonic() - self.saved > SAVE_EVERY)
 
     def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        acc = trainer.callback_metrics["val_acc"].item()
+        if acc >= self.best_acc:  # of equals the later, as rates fall
+            self.best_acc = acc
+            trainer.save_checkpoint(self.best, weights_only=True)
         self.save(trainer, True)
 
     def save(self, trainer: pl.Trainer, due: bool) -> None:
-        """Saves if a process is due or has a signal, which ends them all."""
+        """Saves if a process is due or has a signal, which ends all."""
         decide = trainer.strategy.reduce_boolean_decision
         if decide(due or self.signum > 0, all=False):
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.last)
             self.saved = time.monotonic()
             if decide(self.signum > 0, all=False):
                 self.stop(self.signum or signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def only_run(run: pathlib.Path) -> Iterator[None]:
-    """Refuses a second run in the folder while the first one's process lives."""
+def only_run(run: Path) -> Iterator[None]:
+    """Refuses a second run in the folder while the first lives."""
     run.parent.mkdir(parents=True, exist_ok=True)
     holder = run.with_name(f".{run.name}.lock")
     try:
@@ -854,27 +856,31 @@ def only_run(run: pathlib.Path) -> Iterator[None]:
 
 
 @rank_zero_only
-def clear(run: pathlib.Path, debug: bool) -> None:
-    """Moves the earlier run to LOGDIR.old, under the time of now; drops a debug run."""
-    if not os.path.lexists(run):
-        return
+def clear(run: Path, debug: bool) -> None:
+    """Moves the earlier run to LOGDIR.old; drops a debug run."""
     with refusing(f"--logdir={run.parent}: cannot move {run}", sh.ErrorReturnCode):
         if debug:
             sh.rm("-rf", "--", run if run.is_symlink() else run / "version_0")
-        else:
-            old = pathlib.Path(f"{os.path.abspath(run.parent)}.old")
+        elif os.path.lexists(run):
+            old = Path(f"{os.path.abspath(run.parent)}.old")
             sh.mkdir("-p", "--", old)
             sh.mv("--", run, old / time.strftime("%Y-%m-%d_%H-%M-%S"))
 
 
-def check_resume(checkpoints: pathlib.Path, given: dict) -> tuple[dict, int]:
-    """Returns the flags and the step of a checkpoint that a run can go on from."""
+def check_resume(checkpoints: Path, given: dict) -> tuple[dict, int]:
+    """Returns the flags and the step of the run to go on with."""
     last = checkpoints / "last.ckpt"
     if (checkpoints.parent / "results.json").exists():
         refuse("--resume: the run is finished; leave it out to start anew")
     if not last.exists():
         refuse(f"--resume: nothing to resume, found no {last}")
-    broken = (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError)
+    broken = (
+        RuntimeError,
+        pickle.UnpicklingError,
+        EOFError,
+        LookupError,
+        TypeError,
+    )
     with refusing(f"--resume: {last} is no whole checkpoint of a run", *broken):
         checkpoint = {**torch.load(last, "cpu", mmap=True, weights_only=True)}
         stored = dict(checkpoint["hyper_parameters"])
@@ -891,19 +897,19 @@ def check_resume(checkpoints: pathlib.Path, given: dict) -> tuple[dict, int]:
 
 
 def check_processes(devices: int, num_nodes: int) -> None:
-    """Refuses other processes than the flags say: they would wait for ever."""
+    """Refuses other processes than the flags say, which would wait for ever."""
     slurm = SLURMEnvironment.detect()
     started = os.environ.get("SLURM_NTASKS" if slurm else "WORLD_SIZE")
     ranks = {"RANK", "LOCAL_RANK", "SLURM_PROCID"} & {*os.environ}
     if started is None and (ranks or num_nodes > 1):
         why = ", ".join(sorted(ranks)) or f"--num_nodes={num_nodes}"
-        refuse(f"{why} without WORLD_SIZE: start by torchrun or SLURM, or unset it")
-    if started not in (None, str(devices * num_nodes)):
-        wanted = f"--devices times --num_nodes is {devices * num_nodes}"
-        refuse(f"WORLD_SIZE is {started}, but {wanted}")
+        refuse(f"{why} without WORLD_SIZE: unset it, or use torchrun or SLURM")
+    processes = devices * num_nodes
+    if started not in (None, str(processes)):
+        refuse(f"WORLD_SIZE is {started}, --devices x --num_nodes is {processes}")
 
 
-# Results: said at the start, on the way and at the end; drawn, written and computed.
+# Results: said on the way and at the end, computed, drawn and written.
 
 
 def commas(counts: dict[str, int]) -> str:
@@ -918,27 +924,8 @@ def count_classes(sample: Reviews) -> dict[str, int]:
     return dict(zip(classes.names, counts.tolist(), strict=True))
 
 
-def describe(module: IMDBSentimentClassifier, trainer: pl.Trainer) -> None:
-    """Says what is trained, on what, and where."""
-    hp = module.hparams
-    say("Data", f"{hp.dataset}, {hp.percent} %, seed {hp.seed}")
-    for part, sample in module.samples.items():
-        say(f"  {part}", f"{len(sample):,} reviews: {commas(count_classes(sample))}")
-    say("", f"{module.leaks:,} of test stand in train word for word")
-    cuts = [cut > 0 for sample in module.samples.values() for cut in sample["cut"]]
-    share = sum(cuts) / len(cuts)
-    say("", f"{share:.0%} have over {hp.seq_length} word-pieces: {hp.truncation}")
-    size = sum(p.numel() for p in module.parameters()) / 1e6
-    processes = trainer.world_size
-    device = trainer.strategy.root_device.type
-    say("Model", hp.model)
-    say("", f"{size:.1f} M parameters, {processes} x {device}, {hp.precision}")
-    steps = f"{trainer.max_epochs} epochs of {trainer.num_training_batches:,} steps"
-    say("Training", f"{steps} of {hp.batch_size * processes} reviews")
-
-
 def spell(trainer: pl.Trainer, *names: str) -> str:
-    """Returns those metrics that there are: "  train_loss 0.6027  speed 8,465"."""
+    """Returns what there is: "  train_loss 0.6027  speed 8,465"."""
     line = ""
     for name in names:
         if name in trainer.callback_metrics:
@@ -948,10 +935,33 @@ def spell(trainer: pl.Trainer, *names: str) -> str:
 
 
 class Terminal(pl.callbacks.Callback):
-    """Says what a run does, and where there are no bars, how far it is."""
+    """Says what a run does, and, where no bar does, how far it is."""
 
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        describe(module, trainer)
+    def on_train_start(
+        self, trainer: pl.Trainer, module: pl.LightningModule
+    ) -> None:
+        hp = module.hparams
+        say("Data", f"{hp.dataset}, {hp.percent} %, seed {hp.seed}")
+        cuts = []
+        for part, sample in module.samples.items():
+            counts = commas(count_classes(sample))
+            say(f"  {part}", f"{len(sample):,} reviews: {counts}")
+            cuts += [cut > 0 for cut in sample["cut"]]
+        share = sum(cuts) / len(cuts)
+        say("", f"{module.leaks:,} of test stand in train word for word")
+        say(
+            "",
+            f"{share:.0%} have over {hp.seq_length} word-pieces: {hp.truncation}",
+        )
+        size = sum(p.numel() for p in module.parameters()) / 1e6
+        processes = trainer.world_size
+        device = trainer.strategy.root_device.type
+        say("Model", hp.model)
+        say("", f"{size:.1f} M parameters, {processes} x {device}, {hp.precision}")
+        steps = (
+            f"{trainer.max_epochs} epochs of {trainer.num_training_batches:,} steps"
+        )
+        say("Training", f"{steps} of {hp.batch_size * processes} reviews")
         curves = {
             "loss": ["Multiline", ["train_loss", "val_loss"]],
             "accuracy": ["Multiline", ["train_acc", "val_acc"]],
@@ -975,10 +985,12 @@ class Terminal(pl.callbacks.Callback):
         self.tell("Test", args[3] + 1, trainer.num_test_batches[0], trainer)
 
     def tell(self, name: str, done: int, steps: int, trainer: pl.Trainer) -> None:
-        """Says a line each tenth of the way, or each minute if that is rarer."""
+        """Says a line each tenth of the way, once a minute at most."""
         self.steps += 1
         seconds = time.monotonic() - self.began
-        is_due = done % math.ceil(steps / 10) == 0 and seconds - self.said >= SAY_EVERY
+        is_due = (
+            done % math.ceil(steps / 10) == 0 and seconds - self.said >= SAY_EVERY
+        )
         if is_due and not sys.stdout.isatty():
             self.said = seconds
             earlier = done - self.steps  # where an epoch was resumed
@@ -986,13 +998,19 @@ class Terminal(pl.callbacks.Callback):
             say(name, way + spell(trainer, "train_loss", "speed"))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        names = ("train_loss_epoch", "train_acc_epoch", "val_loss", "val_acc", "speed")
+        names = (
+            "train_loss_epoch",
+            "train_acc_epoch",
+            "val_loss",
+            "val_acc",
+            "speed",
+        )
         say(f"Epoch {trainer.current_epoch}", spell(trainer, *names).strip())
 
 
 class ProgressBar(pl.callbacks.TQDMProgressBar):
     def get_metrics(self, trainer: pl.Trainer, *_: Any) -> dict:
-        # Asked when the bar is drawn; `prog_bar=True` would wait at every step.
+        # `prog_bar=True` would wait for the device at every step.
         return {"": spell(trainer, "train_loss", "speed")}
 
 
@@ -1004,17 +1022,18 @@ def wilson(share: float, n: int, z: float = 1.96) -> list[float]:
 
 
 def summarise(module: IMDBSentimentClassifier, best: dict, seconds: float) -> dict:
-    """Returns all that a run reports, of the checkpoint of its best epoch."""
+    """Returns all that a run reports, of its best epoch."""
     hp = module.hparams
     labels = module.predictions[:, 1].long()  # [N]
     logits = module.predictions[:, 2:]  # [N, C]
-    scores = {k: v.item() for k, v in module.trainer.callback_metrics.items()}
-    metrics = best["val"] | {k: v for k, v in scores.items() if k.startswith("test_")}
+    metrics = dict(best["val"])
+    for name, value in module.trainer.callback_metrics.items():
+        if name.startswith("test_"):
+            metrics[name] = value.item()
     metrics["test_acc_interval"] = wilson(metrics["test_acc"], len(labels))
     commonest = labels.mode().values.item()
-    confusion = classification.multiclass_confusion_matrix(
-        logits, labels, logits.shape[1]
-    )
+    confuse = classification.multiclass_confusion_matrix
+    confusion = confuse(logits, labels, logits.shape[1])
     libraries = (torch, pl, transformers, datasets)
     return {
         "metrics": metrics,
@@ -1028,18 +1047,25 @@ def summarise(module: IMDBSentimentClassifier, best: dict, seconds: float) -> di
         "samples": {k: count_classes(v) for k, v in module.samples.items()},
         "seconds": seconds,
         "flags": {name: v for name, v in hp.items() if name != "label_names"},
-        "versions": {library.__name__: library.__version__ for library in libraries},
+        "versions": {
+            library.__name__: library.__version__ for library in libraries
+        },
     }
 
 
-def say_results(results: dict, folder: pathlib.Path) -> None:
+def say_results(results: dict, folder: Path) -> None:
     scores = results["metrics"]
     test = results["samples"]["test"]
     low, high = scores["test_acc_interval"]
     say("", "")
-    say("Test", f"accuracy {scores['test_acc']:.2%} of {sum(test.values()):,} reviews")
+    say(
+        "Test",
+        f"accuracy {scores['test_acc']:.2%} of {sum(test.values()):,} reviews",
+    )
     say("", f"95 % interval {low:.2%} to {high:.2%}")
-    say("", f"scored once, on epoch {results['best_epoch']}, the best by validation")
+    say(
+        "", f"scored once, on epoch {results['best_epoch']}, the best by validation"
+    )
     baseline = results["baseline"]
     say("", f"always {baseline['label']}: {baseline['test_acc']:.2%}")
     say("", f"{results['leaks']:,} of them stand in train word for word")
@@ -1051,16 +1077,15 @@ def say_results(results: dict, folder: pathlib.Path) -> None:
 
 
 def draw(module: IMDBSentimentClassifier, results: dict) -> None:
-    """Shows the test sample in TensorBoard: each class's curve, table, errors."""
+    """Shows the test sample in TensorBoard: curves, table, errors."""
     log = module.logger.experiment
     step = module.global_step
     names = module.hparams.label_names
     labels = module.predictions[:, 1].long()  # [N]
     probabilities = module.predictions[:, 2:].softmax(-1)  # [N, C]
     for number, name in enumerate(names[:SHOWN]):
-        log.add_pr_curve(
-            f"test_pr/{name}", labels == number, probabilities[:, number], step
-        )
+        own = probabilities[:, number]
+        log.add_pr_curve(f"test_pr/{name}", labels == number, own, step)
     lines = [["true / predicted", *names], ["---"] * (1 + len(names))]
     for name, row in zip(names, results["confusion"] or [], strict=False):
         lines.append([name, *row])
@@ -1080,23 +1105,17 @@ def draw(module: IMDBSentimentClassifier, results: dict) -> None:
 
 
 def model_card(results: dict) -> str:
-    """Returns the model's README.md, with the metadata that the Hub reads."""
-    flags = results["flags"]
-    of_hub = {k: flags[k] for k in ("model", "dataset") if not os.path.isdir(flags[k])}
-    card = huggingface_hub.ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-classification",
-        base_model=of_hub.get("model"),
-        datasets=of_hub.get("dataset"),
-        metrics=["accuracy"],
-    )
+    """Returns the model's README.md."""
     return f"""---
-{card.to_yaml()}
+library_name: transformers
+pipeline_tag: text-classification
+metrics:
+- accuracy
 ---
 # BERT that labels texts
 
 `pipeline("text-classification", model=FOLDER, truncation=True)` loads it. It was
-trained by `main.py`, scored once on the test sample, and on no texts of other origin:
+scored once, on the test sample, and on no texts of other origin:
 
 ```json
 {json.dumps(results, indent=2)}
@@ -1104,7 +1123,7 @@ trained by `main.py`, scored once on the test sample, and on no texts of other o
 """
 
 
-def finish(module: IMDBSentimentClassifier, folder: pathlib.Path, start: float) -> None:
+def finish(module: IMDBSentimentClassifier, folder: Path, start: float) -> None:
     """Exports the best epoch, and writes, draws and says its results."""
     file = folder / "checkpoints" / "best.ckpt"
     best = torch.load(file, "cpu", mmap=True, weights_only=True)
@@ -1135,9 +1154,9 @@ def make_module(
 
 
 def make_trainer(
-    settings: dict, run: pathlib.Path, debug: bool, step: int | None
+    settings: dict, run: Path, debug: bool, step: int | None
 ) -> pl.Trainer:
-    """Returns the Trainer of a run; `step` is where a resumed one goes on."""
+    """Returns the Trainer of a run, or of one resumed at `step`."""
     logger = pl.loggers.TensorBoardLogger(
         run.parent,
         name=run.name,
@@ -1145,64 +1164,57 @@ def make_trainer(
         default_hp_metric=False,
         purge_step=step,
     )
-    best = BestCheckpoint(
-        filename="best",
-        monitor="val_acc",
-        mode="max",
-        save_weights_only=True,
-        save_on_train_epoch_end=False,  # after validation, before `last.ckpt`
-        enable_version_counter=False,
-    )
     every = 1 if debug else LOG_EVERY
-    last = LastCheckpoint(run / "version_0" / "checkpoints" / "last.ckpt")
     bar = ProgressBar(every if sys.stdout.isatty() else 0)
+    checkpoints = Checkpoints(run / "version_0" / "checkpoints")
+    chosen = ("precision", "devices", "num_nodes", "strategy")
     limits = ("limit_train_batches", "limit_val_batches", "limit_test_batches")
     return pl.Trainer(
         max_epochs=1 if debug else settings["epochs"],
-        precision=settings["precision"],
-        devices=settings["devices"],
-        num_nodes=settings["num_nodes"],
-        strategy=settings["strategy"],
         use_distributed_sampler=False,  # `LengthGroupedBatches` shares out
         logger=logger,
         log_every_n_steps=every,
-        callbacks=[best, last, Terminal(), bar],
+        callbacks=[checkpoints, Terminal(), bar],
         plugins=[WholeCheckpointIO()],
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        **{name: settings[name] for name in chosen},
         **dict.fromkeys(limits, 1 if debug else None),
     )
 
 
-def train(settings: dict, run: pathlib.Path, debug: bool, step: int | None) -> None:
-    """Checks all that can be known to be wrong, then trains, tests and exports."""
+def train(settings: dict, run: Path, debug: bool, step: int | None) -> None:
+    """Checks what can be wrong, then trains and tests."""
     start = time.perf_counter()
     check_processes(settings["devices"], settings["num_nodes"])
     for flag in ("model", "dataset"):
         check_name(flag, settings[flag])
-        path = pathlib.Path(settings[flag]).resolve()
+        path = Path(settings[flag]).resolve()
         if step is None and path.is_relative_to(run.resolve()):
-            refuse(f"--{flag}={settings[flag]}: {run} is to move, copy it elsewhere")
+            refuse(
+                f"--{flag}={settings[flag]}: {run} is to move, copy it elsewhere"
+            )
     samples = load_samples(**settings)
     smallest = min(len(sample) for sample in samples.values())
     if settings["devices"] * settings["num_nodes"] > smallest:
-        refuse(f"--devices: more of them than {smallest} reviews, the smallest sample")
+        refuse(
+            f"--devices: more than the {smallest} reviews of the smallest sample"
+        )
     module = make_module(settings, samples["train"].features["label"].names)
     with refusing("--devices", pl.utilities.exceptions.MisconfigurationException):
         trainer = make_trainer(settings, run, debug, step)
     folder = run / "version_0"
-    last = folder / "checkpoints" / "last.ckpt"
     best = folder / "checkpoints" / "best.ckpt"
+    last = None if step is None else folder / "checkpoints" / "last.ckpt"
     memory = "memory is full: lower --batch_size or --seq_length"
     with (
         refusing(memory, torch.OutOfMemoryError),
-        refusing(f"cannot write to {folder}", *UNSAVED),
+        refusing(f"cannot write to {folder}", *UNSOUND),
         only_run(run) if rank_zero_only.rank == 0 else contextlib.nullcontext(),
     ):
         if step is None:
             clear(run, debug)
-        resumed = None if step is None else last
-        trainer.fit(module, ckpt_path=resumed, weights_only=True)
+        trainer.fit(module, ckpt_path=last, weights_only=True)
         trainer.test(module, ckpt_path=best, weights_only=True, verbose=False)
         if trainer.is_global_zero:
             finish(module, folder, start)
@@ -1211,7 +1223,7 @@ def train(settings: dict, run: pathlib.Path, debug: bool, step: int | None) -> N
 def read_texts(file: str) -> Reviews:
     """Reads the reviews to label: a file, or lines of stdin for -."""
     flag = f"--predict={file}"
-    path = pathlib.Path(file)
+    path = Path(file)
     if file == "-":
         with refusing(f"{flag}: expected reviews by line", ValueError):
             lines = [line.rstrip("\n") for line in sys.stdin]
@@ -1224,8 +1236,8 @@ def read_texts(file: str) -> Reviews:
 
 
 def predict(settings: dict, file: str) -> None:
-    """Writes the label and each class's probability of new reviews, as csv."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # of `| head`: ends without a word
+    """Prints label and probabilities of new reviews as csv."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # of `| head`
     model = settings["model"]
     if not os.path.isdir(model):
         refuse(f"--predict: no model in {model}: name it by --model")
@@ -1255,7 +1267,7 @@ def predict(settings: dict, file: str) -> None:
 
 
 def quieten() -> None:
-    """Silences what a newcomer need not read; `load_bert` checks what is loaded."""
+    """Silences what a newcomer need not read."""
     for logger in ("pytorch_lightning", "lightning_fabric", "httpx2", "sh"):
         logging.getLogger(logger).setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()
@@ -1266,7 +1278,6 @@ def quieten() -> None:
         datasets.disable_progress_bars()
     for decided in (
         "does not have many workers",  # see `batches`
-        "Checkpoint directory .* exists and is not empty",  # it does when resuming
         "your dataloader is not resumable",  # it is: see `LengthGroupedBatches`
         "recommended to use `Trainer.devices=1",  # no review is tested twice
         "smaller than the logging interval",  # the epoch's means are logged
@@ -1276,7 +1287,7 @@ def quieten() -> None:
 
 
 def fastest_precision() -> str:
-    """Returns bf16 where a GPU or an x86 CPU computes in it, else float32."""
+    """Returns bf16 where the hardware computes in it, else float32."""
     if torch.cuda.is_available():
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -1292,8 +1303,7 @@ def main(argv: list[str]) -> None:
     if "://" in FLAGS.logdir:
         refuse(f"--logdir={FLAGS.logdir}: expected a folder of this machine")
     on_signals(stop)
-    say_once.cache_clear()
-    sys.stdout.reconfigure(errors="backslashreplace")  # of a name on an ascii terminal
+    sys.stdout.reconfigure(errors="backslashreplace")  # on an ascii terminal
     quieten()
     torch.set_float32_matmul_precision("high")
     ours = FLAGS.get_key_flags_for_module(__name__)
@@ -1301,7 +1311,7 @@ def main(argv: list[str]) -> None:
     if FLAGS.precision == "auto":
         settings["precision"] = fastest_precision()
     given = {k: v for k, v in settings.items() if not FLAGS[k].using_default_value}
-    logdir = pathlib.Path(FLAGS.logdir).expanduser()  # as Lightning does
+    logdir = Path(FLAGS.logdir).expanduser()  # as Lightning does
     run = logdir / ("debug" if FLAGS.debug else "imdb")
     if FLAGS.predict is not None:
         last_model = str(logdir / "imdb" / "version_0" / "model")

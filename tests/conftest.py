@@ -146,7 +146,10 @@ def tokenizer(bert):
 
 
 def piece_ids(
-    tokenizer: transformers.BertTokenizer, text: str, seq_length: int, truncation: str
+    tokenizer: transformers.BertTokenizer,
+    text: str,
+    seq_length: int,
+    truncation: str,
 ) -> list[int]:
     """Returns what a model is to see of a review, by the plainest Python there is."""
     pieces = tokenizer.tokenize(re.sub("<br />", " ", text))
@@ -164,4 +167,8 @@ def commanded(tmp_path_factory, bert, reviews):
     ours = {"dataset": reviews, "model": bert} | SETTINGS
     arguments = [f"--{name}={value}" for name, value in ours.items()]
     cache = str(folder / "cache")
-    return folder, arguments, command(*arguments, cwd=folder, HF_DATASETS_CACHE=cache)
+    return (
+        folder,
+        arguments,
+        command(*arguments, cwd=folder, HF_DATASETS_CACHE=cache),
+    )

@@ -27,7 +27,9 @@ WORDS = (  # of films: without a judgement, against them, for them
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
-def make_bert(folder: pathlib.Path, hidden: int, positions: int, spread: float) -> str:
+def make_bert(
+    folder: pathlib.Path, hidden: int, positions: int, spread: float
+) -> str:
     """Saves an untrained BERT of two layers that knows the words of the reviews."""
     vocabulary = [*SPECIAL, ".", ",", "!", "##s", "##ly", *" ".join(WORDS).split()]
     config = transformers.BertConfig(
@@ -55,7 +57,9 @@ def make_review(draw: random.Random, label: int, sure: float) -> str:
     for place in range(draw.randrange(5), len(words), 5):
         words[place] = draw.choice(own if draw.random() < sure else other)
     words[draw.randrange(len(words))] = draw.choice(own)
-    ends = draw.choices(("", "s", "ly", ",", ".", "!", "<br /><br />"), k=len(words))
+    ends = draw.choices(
+        ("", "s", "ly", ",", ".", "!", "<br /><br />"), k=len(words)
+    )
     return " ".join(word + end for word, end in zip(words, ends, strict=True))
 
 

@@ -56,7 +56,9 @@ def test_every_sample_has_each_class_in_its_share(uneven, percent):
 @pytest.mark.parametrize("percent", [40, 100])
 def test_no_review_is_in_two_samples(uneven, percent):
     samples = main.load_samples(uneven, percent, seed=3)
-    train, val, test = (samples[part]["text"][:] for part in ("train", "val", "test"))
+    train, val, test = (
+        samples[part]["text"][:] for part in ("train", "val", "test")
+    )
     assert len({*train, *val, *test}) == len(train) + len(val) + len(test)
     assert {text.split()[0] for text in train} == {"train"}
     assert {text.split()[0] for text in val} == {"train"}  # never test
@@ -118,10 +120,15 @@ def tokenised(texts: list[str], *arguments: Any) -> datasets.Dataset:
     [
         ("head", "a fine the film that plot it song"),
         ("tail", "it song had hour of ##s was city"),
-        ("head_tail", "a fine had hour of ##s was city"),  # a quarter, three quarters
+        (
+            "head_tail",
+            "a fine had hour of ##s was city",
+        ),  # a quarter, three quarters
     ],
 )
-def test_seq_length_and_truncation_hold_to_the_word_piece(tokenizer, truncation, kept):
+def test_seq_length_and_truncation_hold_to_the_word_piece(
+    tokenizer, truncation, kept
+):
     text = "a fine the film that plot it song had hour ofs was city"
     review = tokenised([text, "a fine film"], tokenizer, 10, truncation)
     pieces = [tokenizer.convert_ids_to_tokens(ids) for ids in review["input_ids"]]
@@ -154,7 +161,9 @@ def test_truncation_equals_a_plain_loop_over_word_pieces(
     assert got["input_ids"][:] == expected
     assert got["length"][:] == [len(ids) for ids in expected]
     whole = [len(piece_ids(plain, text, 999, "head")) for text in reviews]
-    assert got["cut"][:] == [n - len(k) for n, k in zip(whole, expected, strict=True)]
+    assert got["cut"][:] == [
+        n - len(k) for n, k in zip(whole, expected, strict=True)
+    ]
 
 
 def test_line_break_tags_are_removed(tokenizer):
@@ -167,7 +176,11 @@ def test_line_break_tags_are_removed(tokenizer):
 def test_special_tokens_in_a_text_are_plain_text(tokenizer):
     text = "fine [SEP] film [PAD] a [CLS] plot [MASK]"
     ids = tokenised([text], tokenizer, 24, "head")["input_ids"][0]
-    special = {tokenizer.sep_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id}
+    special = {
+        tokenizer.sep_token_id,
+        tokenizer.cls_token_id,
+        tokenizer.mask_token_id,
+    }
     assert not {*ids[1:-1]} & {*special, tokenizer.pad_token_id}
     words = tokenizer.convert_ids_to_tokens(ids)
     assert [word for word in words if word in ("fine", "film", "a", "plot")] == (
@@ -187,11 +200,15 @@ def test_a_second_process_with_another_lr_tokenises_nothing(tmp_path, commanded)
     cache, arguments = commanded[0] / "cache", commanded[1]
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.arrow")}
     tables = [datasets.Dataset.from_file(str(path)).column_names for path in before]
-    assert sum("input_ids" in columns for columns in tables) == 3  # train, val, test
+    assert (
+        sum("input_ids" in columns for columns in tables) == 3
+    )  # train, val, test
     logdir = f"--logdir={tmp_path}/logs"
     changed = [*arguments, logdir, "--lr=5e-3", "--batch_size=9", "--debug"]
     assert command(*changed, HF_DATASETS_CACHE=str(cache)).returncode == 0
-    results = json.loads((tmp_path / "logs/debug/version_0/results.json").read_text())
+    results = json.loads(
+        (tmp_path / "logs/debug/version_0/results.json").read_text()
+    )
     assert results["flags"]["lr"] == 5e-3
     after = {path: path.stat().st_mtime_ns for path in cache.rglob("*.arrow")}
     assert after == before
@@ -199,14 +216,20 @@ def test_a_second_process_with_another_lr_tokenises_nothing(tmp_path, commanded)
 
 # Batches
 
-lengths_like = strategies.lists(strategies.integers(2, 512), min_size=8, max_size=80)
+lengths_like = strategies.lists(
+    strategies.integers(2, 512), min_size=8, max_size=80
+)
 
 
-def whole_plan(world_size: int, epoch: int = 0, **plan: Any) -> list[list[list[int]]]:
+def whole_plan(
+    world_size: int, epoch: int = 0, **plan: Any
+) -> list[list[list[int]]]:
     """Returns the plan of every process."""
     ranks = []
     for rank in range(world_size):
-        sampler = main.LengthGroupedBatches(rank=rank, world_size=world_size, **plan)
+        sampler = main.LengthGroupedBatches(
+            rank=rank, world_size=world_size, **plan
+        )
         sampler.set_epoch(epoch)
         ranks.append(sampler.plan())
         assert len(sampler) == len(ranks[-1])
@@ -263,7 +286,9 @@ def test_a_plan_follows_from_seed_and_epoch_alone(seed, epoch):
 def test_batches_of_like_length_need_little_padding_and_come_shuffled(longest):
     generator = torch.Generator().manual_seed(0)
     lengths = torch.empty(2250).log_normal_(5.45, 0.65, generator=generator)
-    lengths = lengths.clamp(10, longest).long()  # in mean and shares cut like IMDB's
+    lengths = lengths.clamp(
+        10, longest
+    ).long()  # in mean and shares cut like IMDB's
     plans = []
     for epoch in (0, 1):
         (plan,) = whole_plan(1, epoch, lengths=lengths, batch_size=16, seed=3)
@@ -294,5 +319,7 @@ def test_a_resumed_epoch_skips_what_was_done():
     for done in (1, 5, 13):
         progress.current.ready = 0
         batches = iter(sampler)
-        progress.current.ready = done  # as Lightning restores it, after the iterator
+        progress.current.ready = (
+            done  # as Lightning restores it, after the iterator
+        )
         assert [*batches] == whole[done:]

@@ -21,7 +21,12 @@ def start(starter: str, arguments: list[str], cwd: pathlib.Path) -> str:
     """Runs `main.py` on two processes, started by Lightning or by torchrun."""
     python = [sys.executable]
     if starter == "torchrun":
-        python += ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+        python += [
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node=2",
+            "--standalone",
+        ]
     done = subprocess.run(
         [*python, str(demo.MAIN), *arguments],
         cwd=cwd,

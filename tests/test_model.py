@@ -34,7 +34,10 @@ def module(bert, reviews):
 def draw_ids(module: Module, rows: int, length: int) -> torch.Tensor:
     """Returns <int64>[rows, length] of [CLS], random word-pieces, [SEP]."""
     ids = torch.randint(5, len(module.tokenizer), (rows, length))
-    ids[:, 0], ids[:, -1] = module.tokenizer.cls_token_id, module.tokenizer.sep_token_id
+    ids[:, 0], ids[:, -1] = (
+        module.tokenizer.cls_token_id,
+        module.tokenizer.sep_token_id,
+    )
     return ids
 
 
@@ -57,7 +60,9 @@ def test_padding_does_not_change_logits(module, attention, monkeypatch):
         alone = torch.cat([module(row[None]) for row in ids])
         among = module(longer)
     torch.testing.assert_close(among[:3], alone, atol=1e-5, rtol=0)
-    assert (alone[0] - alone[1]).abs().max() > 1e-2  # the weights do tell them apart
+    assert (
+        alone[0] - alone[1]
+    ).abs().max() > 1e-2  # the weights do tell them apart
     assert among.shape == (4, 2) and among.dtype == torch.float32
 
 
@@ -97,9 +102,9 @@ def test_attention_of_long_reviews_keeps_no_probabilities(length, keeps):
     mask = mask[:, None, None]  # [B, 1, 1, T]
     kept = []
     hooks = torch.autograd.graph.saved_tensors_hooks
-    with hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-        with torch.autocast("cpu", torch.bfloat16):
-            ours, _ = main.attend(Stub(training=True), *inputs, mask, 0.7)
+    keep = hooks(lambda x: kept.append(x.numel()) or x, lambda x: x)
+    with keep, torch.autocast("cpu", torch.bfloat16):
+        ours, _ = main.attend(Stub(training=True), *inputs, mask, 0.7)
     assert (max(kept) == 2 * 2 * length * length) == keeps
     ours.transpose(1, 2).backward(grad)
     plain = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -147,13 +152,17 @@ def test_parameters_are_float32_even_from_a_bfloat16_checkpoint(bert, tmp_path):
     half.save_pretrained(tmp_path)
     kinds = {
         p.dtype
-        for p in main.load_bert(str(tmp_path), ["a", "b"], trained=False).parameters()
+        for p in main.load_bert(
+            str(tmp_path), ["a", "b"], trained=False
+        ).parameters()
     }
     assert kinds == {torch.float32}
 
 
 @pytest.mark.parametrize("longest, padded", [(8, 8), (9, 16), (33, 40), (41, 43)])
-def test_batches_are_padded_to_eights_but_not_beyond_the_limit(module, longest, padded):
+def test_batches_are_padded_to_eights_but_not_beyond_the_limit(
+    module, longest, padded
+):
     module.hparams.seq_length = 43
     rows = {"input_ids": [[7] * longest, [7] * 3], "label": [1, 0]}
     batch = module.collate(rows)
@@ -185,7 +194,9 @@ def test_the_seed_draws_the_classifier(bert):
         (None, {"avx512_bf16": False}, "32-true"),
     ],
 )
-def test_auto_is_bf16_only_where_the_hardware_has_it(monkeypatch, gpu, cpu, precision):
+def test_auto_is_bf16_only_where_the_hardware_has_it(
+    monkeypatch, gpu, cpu, precision
+):
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu is not None)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: gpu)
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: cpu)
@@ -193,7 +204,8 @@ def test_auto_is_bf16_only_where_the_hardware_has_it(monkeypatch, gpu, cpu, prec
 
 
 @pytest.mark.parametrize(
-    "truncation, side", [("tail", "left"), ("head", "right"), ("head_tail", "right")]
+    "truncation, side",
+    [("tail", "left"), ("head", "right"), ("head_tail", "right")],
 )
 def test_an_export_cuts_on_the_side_that_training_cut(
     module, tmp_path, truncation, side
@@ -338,7 +350,10 @@ def test_training_drops_nothing(notes):
 
 def test_the_rate_rises_and_falls_linearly_by_step(notes, trained):
     rates = [[group["lr"] for group in groups] for groups in notes.groups]
-    peak, rise = SETTINGS["lr"], SETTINGS["warmup"] * STEPS  # 48 steps, 12 of them up
+    peak, rise = (
+        SETTINGS["lr"],
+        SETTINGS["warmup"] * STEPS,
+    )  # 48 steps, 12 of them up
     for step, factor in (
         (0, 0),
         (1, 1 / 12),
@@ -401,7 +416,9 @@ def test_sgd_has_a_constant_rate_and_momentum(run):
 def test_each_process_trains_on_its_share_in_an_order_of_the_seed(module):
     progress = Stub(current=Stub(ready=0))
     loop = Stub(epoch_loop=Stub(batch_progress=progress))
-    module.trainer = Stub(predicting=False, fit_loop=loop, world_size=2, global_rank=1)
+    module.trainer = Stub(
+        predicting=False, fit_loop=loop, world_size=2, global_rank=1
+    )
     module.setup("fit")
     train = module.train_dataloader().sampler
     assert (train.rank, train.world_size, train.seed) == (1, 2, SETTINGS["seed"])
@@ -427,7 +444,15 @@ def test_the_host_waits_for_the_device_at_logging_steps_only(run, monkeypatch):
         steps.append(batch_idx)
         return train(module, batch, batch_idx)
 
-    for name in ("item", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__"):
+    for name in (
+        "item",
+        "cpu",
+        "tolist",
+        "numpy",
+        "__bool__",
+        "__float__",
+        "__int__",
+    ):
         count(name)
     train = Module.training_step
     monkeypatch.setattr(Module, "training_step", training_step)
@@ -441,7 +466,9 @@ def test_the_host_waits_for_the_device_at_logging_steps_only(run, monkeypatch):
 # Metrics
 
 
-def test_the_loss_is_a_mean_and_the_accuracy_a_share_of_reviews(module, monkeypatch):
+def test_the_loss_is_a_mean_and_the_accuracy_a_share_of_reviews(
+    module, monkeypatch
+):
     margins = torch.tensor([1.0, 2.0, -3.0, 0.5])  # of neg, which is right
     logits = torch.stack([margins, torch.zeros(4)], 1)
     monkeypatch.setattr(Module, "forward", lambda *_: logits)
@@ -464,7 +491,9 @@ def test_speed_counts_the_word_pieces_of_all_processes_without_padding(
     module.trainer = Stub(
         world_size=3, global_step=9, log_every_n_steps=10, is_last_batch=False
     )
-    monkeypatch.setattr(Module, "log_dict", lambda _, kept, **__: shown.update(kept))
+    monkeypatch.setattr(
+        Module, "log_dict", lambda _, kept, **__: shown.update(kept)
+    )
     monkeypatch.setattr(Module, "log", lambda *_: None)
     monkeypatch.setattr(Module, "optimizers", lambda _: optimizer)
     monkeypatch.setattr("time.perf_counter", lambda: 100.0)
@@ -479,7 +508,10 @@ def test_speed_counts_the_word_pieces_of_all_processes_without_padding(
 def test_metrics_equal_a_plain_loop_over_reviews(trained, bert, reviews):
     results = json.loads((trained / "results.json").read_text())
     samples = main.load_samples(reviews, SETTINGS["percent"], SETTINGS["seed"])
-    assert (len(samples["val"]), len(samples["test"])) == (13, 47)  # ragged, by tens
+    assert (len(samples["val"]), len(samples["test"])) == (
+        13,
+        47,
+    )  # ragged, by tens
     tokenizer = transformers.BertTokenizer.from_pretrained(bert)
     model = transformers.BertForSequenceClassification.from_pretrained(
         trained / "model"
@@ -505,7 +537,9 @@ def test_metrics_equal_a_plain_loop_over_reviews(trained, bert, reviews):
         ]
         ece = 0.0  # over 15 bins of certainty
         for low in range(15):
-            inside = [i for i, p in enumerate(sure) if low / 15 < p <= (low + 1) / 15]
+            inside = [
+                i for i, p in enumerate(sure) if low / 15 < p <= (low + 1) / 15
+            ]
             ece += abs(sum(sure[i] - right[i] for i in inside)) / len(sure)
         plain = {
             f"{part}_loss": sum(losses) / len(losses),

@@ -201,7 +201,8 @@ FLAGS = {
     "logs in a cloud": Case(["--logdir=s3://x"], {}, {"logdir": "s3://x"}),
     "logs at an address": Case(["--logdir=file://"], {}, {"logdir": "file:///tmp"}),
     "logs in a file": Case(["cannot write to new.csv"], {}, {"logdir": "new.csv"}),
-    "logs below a file": Case(["cannot write to new.csv/a"], {}, {"logdir": "new.csv/a"}),
+    "logs below a file": Case(
+        ["cannot write to new.csv/a"], {}, {"logdir": "new.csv/a"}),
     "earlier runs cannot be moved": Case(
         ["--logdir=", "cannot move", "logs/imdb"], {"logs.old": "mine"}),
 }  # fmt: skip
@@ -246,16 +247,22 @@ def test_any_logdir_keeps_what_lay_there_all_of_it(run, tmp_path, logdir):
     (tmp_path / "work").mkdir()
     os.chdir(tmp_path / "work")
     theirs = pathlib.Path(logdir, "imdb")
-    spoil({"version_0/results.json": "{}", "thesis.txt": "", ".git/HEAD": "a"}, theirs)
+    spoil(
+        {"version_0/results.json": "{}", "thesis.txt": "", ".git/HEAD": "a"}, theirs
+    )
     earlier = snapshot(theirs)
     assert results(run(logdir=logdir, epochs=1))
     kept = pathlib.Path(f"{os.path.abspath(logdir)}.old").glob("*")
     assert [snapshot(path) for path in kept] == [earlier]
-    assert [path.name for path in pathlib.Path(logdir).iterdir()] == ["imdb"]  # no lock
+    assert [path.name for path in pathlib.Path(logdir).iterdir()] == [
+        "imdb"
+    ]  # no lock
 
 
 def test_debug_removes_its_own_earlier_run_alone(run):
-    spoil({"logs/debug/version_0/old": "", "logs/debug/mine": "", "logs/imdb": "mine"})
+    spoil(
+        {"logs/debug/version_0/old": "", "logs/debug/mine": "", "logs/imdb": "mine"}
+    )
     assert results(run(debug=True))
     left = {str(path) for path in pathlib.Path().glob("logs*/*")}
     assert left == {"logs/debug", "logs/imdb"}
@@ -263,7 +270,9 @@ def test_debug_removes_its_own_earlier_run_alone(run):
     assert "mine" in left and "old" not in left
 
 
-@pytest.mark.parametrize("link", ["imdb", "imdb/version_0", "debug", "debug/version_0"])
+@pytest.mark.parametrize(
+    "link", ["imdb", "imdb/version_0", "debug", "debug/version_0"]
+)
 def test_a_link_is_moved_and_not_followed(run, place, link):
     shutil.move("logs", "target")
     target = place / "target" / "imdb" / link.partition("/")[2]
@@ -309,11 +318,15 @@ def test_a_lock_dies_with_its_process_and_binds_one_folder_alone(run):
 
 
 def drop(part: str) -> Callable[[bytes], bytes]:
-    return weigh(lambda weights: {k: v for k, v in weights.items() if part not in k})
+    return weigh(
+        lambda weights: {k: v for k, v in weights.items() if part not in k}
+    )
 
 
 def spoil_one(weights: dict) -> dict:
-    name = next(name for name in weights if name.endswith("embeddings.LayerNorm.bias"))
+    name = next(
+        name for name in weights if name.endswith("embeddings.LayerNorm.bias")
+    )
     weights[name][3] = float("nan")
     return weights
 
@@ -334,10 +347,12 @@ MODELS = {
     "roberta": Case(["a BERT's config.json"], {C: edit(model_type="roberta")}),
     "a decoder": Case(["is_decoder False, found True"], {C: edit(is_decoder=True)}),
     "relative positions": Case(
-        ["absolute, found relative_key"], {C: edit(position_embedding_type="relative_key")}),
+        ["absolute, found relative_key"],
+        {C: edit(position_embedding_type="relative_key")}),
     "another padding": Case(
         ["[PAD] is 0", "pad_token_id 3"], {C: edit(pad_token_id=3)}),
-    "no padding": Case(["[PAD] is 0", "pad_token_id None"], {C: edit(pad_token_id=None)}),
+    "no padding": Case(
+        ["[PAD] is 0", "pad_token_id None"], {C: edit(pad_token_id=None)}),
     "another padding of the tokenizer": Case(
         ["[PAD] is 3", "pad_token_id 0"],
         {"model/tokenizer_config.json": edit(pad_token="[SEP]")}),
@@ -411,7 +426,9 @@ def test_code_that_a_model_names_is_never_run(run, place):
 # Names of models and of data.
 
 
-@pytest.mark.parametrize("name", ["", "nowhere", "/nowhere/bert", "a/b/c", "new.csv"])
+@pytest.mark.parametrize(
+    "name", ["", "nowhere", "/nowhere/bert", "a/b/c", "new.csv"]
+)
 @pytest.mark.parametrize("flag", ["model", "dataset"])
 def test_no_such_folder_is_refused(refused, flag, name):
     words = [f"--{flag}={name}: expected a folder", "owner/name"]
@@ -540,7 +557,9 @@ def test_labels_of_minus_one_are_refused(refused, part):
     labels = {"train": [0, 1] * 20, "test": [0, 1] * 20}
     labels[part] = [*[0, 1] * 19, -1, -1]
     columns = {p: {"text": ["a"] * 40, "label": labels[p]} for p in labels}
-    write_reviews(pathlib.Path("parquet"), "parquet", **columns, names=["neg", "pos"])
+    write_reviews(
+        pathlib.Path("parquet"), "parquet", **columns, names=["neg", "pos"]
+    )
     refused(Case([f"{part}: ", "-1"]), dataset="parquet", percent=100)
 
 
@@ -554,7 +573,9 @@ def test_labels_of_test_are_matched_by_name(tmp_path, train, test):
     """A parquet's numbers have names in that order; a csv has the names themselves."""
     for part, names in (("train", train.split()), ("test", test.split())):
         columns = {"text": [], "label": []}
-        for number, name in enumerate(["neg", "pos"] if names == ["csv"] else names):
+        for number, name in enumerate(
+            ["neg", "pos"] if names == ["csv"] else names
+        ):
             columns["text"].append(f"called {name}")
             columns["label"].append(name if names == ["csv"] else number)
         files = {"train": None, "test": None, part: columns}
@@ -612,15 +633,26 @@ def test_a_file_replaced_under_its_time_and_size_is_read_anew():
         for name in names:
             os.utime(name, (10**9, 10**9))
         read = [*main.load_splits("data").values(), main.read_texts("data/new.csv")]
-        assert [reviews["text"][0] for reviews in read] == [f"a boring {word} 0"] * 3
+        assert [reviews["text"][0] for reviews in read] == [
+            f"a boring {word} 0"
+        ] * 3
 
 
-ODD = ["", " \t ", "a fine\0film", "a 🎬 film ❤️", "[PAD] [SEP] [UNK]", "ﷺ\u200b\u202e"]
+ODD = [
+    "",
+    " \t ",
+    "a fine\0film",
+    "a 🎬 film ❤️",
+    "[PAD] [SEP] [UNK]",
+    "ﷺ\u200b\u202e",
+]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])
 def test_odd_reviews_are_kept(run, tmp_path, kind):
-    odd = [text for text in ODD if kind != "csv" or text]  # there "" is a missing text
+    odd = [
+        text for text in ODD if kind != "csv" or text
+    ]  # there "" is a missing text
     texts = [text for text, _ in ROWS] + odd + ["x" * 10**5, "a fine film " * 10**4]
     columns = {"text": texts, "label": [n % 2 for n in range(len(texts))]}
     dataset = write_reviews(tmp_path / "data", kind, columns, columns)
@@ -649,7 +681,7 @@ def test_a_run_tells_leaks_baseline_and_blanks(run, tmp_path, capsys):
     assert found["leaks"] == 3
     assert found["baseline"] == {"label": "neg", "test_acc": pytest.approx(10 / 13)}
     data, _, end = capsys.readouterr().out.partition("Training")
-    blanks = "labels that differ by blanks around them are one class"
+    blanks = "labels that differ by blanks alone are one class"
     assert data.count(blanks) == 1 and blanks not in end
     assert " 3 of test stand in train word for word" in data
     assert " 3 of them stand in train word for word" in end
@@ -667,7 +699,9 @@ def test_many_classes_print_little(run, tmp_path, capsys):
     assert "class 20" not in out and "taken for" not in out
 
 
-def test_class_names_lead_nowhere_and_fit_an_ascii_terminal(run, place, monkeypatch):
+def test_class_names_lead_nowhere_and_fit_an_ascii_terminal(
+    run, place, monkeypatch
+):
     """They become tags, tables, a card and lines."""
     names = ["../../../evil", "/evil\n---\nevil: 1", "🎬"]
     columns = {"text": [text for text, _ in ROWS[:39]], "label": names * 13}
@@ -680,7 +714,11 @@ def test_class_names_lead_nowhere_and_fit_an_ascii_terminal(run, place, monkeypa
     run(predict="new.csv", model=str(folder / "model"))
     terminal.flush()
     said, _, predicted = terminal.buffer.getvalue().partition(b"\nlabel,")
-    assert rb"always" in said and rb"\U0001f3ac" in said and rb"\U0001f3ac" in predicted
+    assert (
+        rb"always" in said
+        and rb"\U0001f3ac" in said
+        and rb"\U0001f3ac" in predicted
+    )
     new = {name for name in snapshot().keys() - before.keys() if name[:4] != "logs"}
     assert new == set()
 
@@ -744,7 +782,9 @@ def test_checkpoints_are_read_as_weights_alone(run, place, monkeypatch):
 # While running.
 
 
-def spoil_loss(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[int], float]) -> None:
+def spoil_loss(
+    monkeypatch: pytest.MonkeyPatch, spoil: Callable[[int], float]
+) -> None:
     calls = itertools.count(1)
     cross_entropy = main.F.cross_entropy
     spoilt = lambda *args: cross_entropy(*args) * spoil(next(calls))  # noqa: E731
@@ -784,7 +824,9 @@ def test_a_full_disk_is_told_in_one_line(run, monkeypatch, whole, name):
     monkeypatch.setattr(torch, "save", to_full_disk)
     with pytest.raises(SystemExit, match=f"cannot save .*{name}.ckpt.* disk full"):
         run()
-    assert [path.name for path in pathlib.Path("logs").iterdir()] == ["imdb"]  # no lock
+    assert [path.name for path in pathlib.Path("logs").iterdir()] == [
+        "imdb"
+    ]  # no lock
 
 
 # Predicting.
@@ -847,7 +889,11 @@ def test_each_kind_of_file_is_read_as_what_it_is(name):
 
 def test_prediction_prints_its_csv_and_nothing_else(run, place, capfd):
     brackets = "a [SEP] fine [PAD] film [CLS] [MASK]"
-    texts = [brackets, brackets.replace("[", "(").replace("]", ")"), brackets.upper()]
+    texts = [
+        brackets,
+        brackets.replace("[", "(").replace("]", ")"),
+        brackets.upper(),
+    ]
     texts.append("a film")
     spoil({"new.txt": "\n".join(texts)})
     before = snapshot()
@@ -867,7 +913,10 @@ def test_prediction_prints_its_csv_and_nothing_else(run, place, capfd):
 @pytest.mark.parametrize(
     ("flags", "status"),
     [
-        ("--model=model --dataset=data --percent=100 --seq_length=9 --batch_size=3", 0),
+        (
+            "--model=model --dataset=data --percent=100 --seq_length=9 --batch_size=3",
+            0,
+        ),
         ("--predict=new.csv", -signal.SIGPIPE),
     ],
 )

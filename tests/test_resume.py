@@ -50,7 +50,9 @@ def whole(arguments, tmp_path_factory):
     return metrics, weights, state
 
 
-@pytest.mark.parametrize("point", POINTS, ids=lambda p: f"{p[0]}-{p[1]}-{p[2].name}")
+@pytest.mark.parametrize(
+    "point", POINTS, ids=lambda p: f"{p[0]}-{p[1]}-{p[2].name}"
+)
 def test_resumed_run_equals_the_undisturbed_one(point, arguments, whole, tmp_path):
     where, nth, signum, save_every = point
     process = torture.start(tmp_path, arguments, save_every, (where, nth, signum))
@@ -103,7 +105,9 @@ def test_a_run_that_was_moved_goes_on_and_remembers_its_best_epoch(
     assert torture.outcome(after) == whole
 
 
-def test_curves_of_a_run_that_lost_steps_do_not_double_back(arguments, whole, tmp_path):
+def test_curves_of_a_run_that_lost_steps_do_not_double_back(
+    arguments, whole, tmp_path
+):
     def stopped_at(step):
         return (f"{MODULE}.training_step", step, INT)
 

@@ -78,7 +78,9 @@ def test_a_run_leaves_exactly_its_files(trained):
 
 def test_results_hold_metrics_sizes_flags_and_versions(trained, bert, reviews):
     results, seed = read_results(trained), SETTINGS["seed"]
-    parts = "metrics baseline leaks best_epoch confusion samples seconds flags versions"
+    parts = (
+        "metrics baseline leaks best_epoch confusion samples seconds flags versions"
+    )
     assert results.keys() == {*parts.split()}
     names = [f"{part}_{kind}" for part in ("val", "test") for kind in METRICS]
     assert results["metrics"].keys() == {*names, "test_acc_interval"}
@@ -87,7 +89,12 @@ def test_results_hold_metrics_sizes_flags_and_versions(trained, bert, reviews):
         neg = sample["label"][:].count(0)
         assert results["samples"][part] == {"neg": neg, "pos": len(sample) - neg}
     flags = {"dataset": reviews, "model": bert} | SETTINGS
-    flags |= {"optimizer": "adamw", "devices": 1, "num_nodes": 1, "strategy": "auto"}
+    flags |= {
+        "optimizer": "adamw",
+        "devices": 1,
+        "num_nodes": 1,
+        "strategy": "auto",
+    }
     assert results["flags"] == flags
     noted = yaml.safe_load((trained / "hparams.yaml").read_text())
     assert noted == flags | {"label_names": ["neg", "pos"]}
@@ -124,7 +131,9 @@ def test_tensorboard_shows_the_whole_run(trained):
     steps = [event.step for event in log.Scalars("train_loss")]
     assert steps == [event.step for event in log.Scalars("lr")] == [9, 19, 29, 39]
     rates = [event.value for event in log.Scalars("lr")]
-    assert rates[0] == pytest.approx(SETTINGS["lr"] * 9 / 12)  # it rises for 12 steps
+    assert rates[0] == pytest.approx(
+        SETTINGS["lr"] * 9 / 12
+    )  # it rises for 12 steps
     assert "epoch" not in shown
     assert all(event.value > 0 for event in log.Scalars("speed"))
     results = read_results(trained)
@@ -145,7 +154,9 @@ def judge(folder, reviews, bert):
     Yields the label beside them, by a loop over single reviews.
     """
     tokenizer = transformers.BertTokenizer.from_pretrained(bert)
-    model = transformers.BertForSequenceClassification.from_pretrained(folder / "model")
+    model = transformers.BertForSequenceClassification.from_pretrained(
+        folder / "model"
+    )
     seq_length, truncation = SETTINGS["seq_length"], SETTINGS["truncation"]
     samples = main.load_samples(reviews, SETTINGS["percent"], SETTINGS["seed"])
     for review in samples["test"]:
@@ -157,7 +168,9 @@ def judge(folder, reviews, bert):
         yield seen, len(whole) - len(ids), logits.softmax(-1), review["label"]
 
 
-def test_tensorboard_draws_what_the_model_says_of_each_review(trained, reviews, bert):
+def test_tensorboard_draws_what_the_model_says_of_each_review(
+    trained, reviews, bert
+):
     log = event_accumulator.EventAccumulator(str(trained)).Reload()
 
     def text(tag):
@@ -177,7 +190,8 @@ def test_tensorboard_draws_what_the_model_says_of_each_review(trained, reviews, 
             line = f"1. **{verdict} at {sure:.1%}{note}:** {seen}"
             errors.append((sure.item(), line))
     rows = [
-        f"| {name} | {a} | {b} |" for name, (a, b) in zip(names, confusion, strict=True)
+        f"| {name} | {a} | {b} |"
+        for name, (a, b) in zip(names, confusion, strict=True)
     ]
     assert text("test_confusion").splitlines()[2:] == rows
     assert confusion[0][1] != confusion[1][0]  # else it may be turned unnoticed
@@ -230,7 +244,9 @@ def test_the_exported_model_has_the_accuracy_that_results_say(
     folder = trained if default else run(truncation=truncation)
     test = main.load_samples(reviews, SETTINGS["percent"], SETTINGS["seed"])["test"]
     names = test.features["label"].names
-    labels = [names.index(name) for name in label(folder / "model", test["text"][:])]
+    labels = [
+        names.index(name) for name in label(folder / "model", test["text"][:])
+    ]
     confusion = [[0, 0], [0, 0]]
     for row, predicted in zip(test["label"], labels, strict=True):
         confusion[row][predicted] += 1
@@ -246,17 +262,16 @@ def test_the_model_card_holds_what_the_hub_reads(trained, reviews):
     card = huggingface_hub.ModelCard.load(folder / "README.md")
     told = card.text.split("```")[1].removeprefix("json")
     assert json.loads(told) == results
-    local = card.data
-    names = {"dataset": "some/films", "model": "some/bert"}
-    strange = {"test": {"a: b\nlicense: mit": 1, "c": 1}}
-    changed = {"flags": results["flags"] | names, "samples": strange}
-    of_hub = huggingface_hub.ModelCard(main.model_card(results | changed)).data
-    assert (of_hub.datasets, of_hub.base_model) == ("some/films", "some/bert")
-    for data in (local, of_hub):
+    strange = {"samples": {"test": {"a: b\n---\nlicense: mit": 1, "c": 1}}}
+    other = huggingface_hub.ModelCard(main.model_card(results | strange))
+    for data in (card.data, other.data):
         assert data.pipeline_tag == "text-classification"
         assert data.library_name == "transformers"
         assert data.license is None  # the user's choice
-    assert (local.datasets, local.base_model) == (None, None)  # they are no Hub names
+    assert (local.datasets, local.base_model) == (
+        None,
+        None,
+    )  # they are no Hub names
 
 
 def test_the_best_epoch_is_tested_and_exported_not_the_last(run, monkeypatch):
@@ -267,13 +282,17 @@ def test_the_best_epoch_is_tested_and_exported_not_the_last(run, monkeypatch):
         right = module.current_epoch == 0
         labels = predicted if right else 1 - predicted
         if right:
-            first.update({k: v.clone() for k, v in module.bert.state_dict().items()})
+            first.update(
+                {k: v.clone() for k, v in module.bert.state_dict().items()}
+            )
         validate(module, batch | {"labels": labels}, batch_idx)
 
     monkeypatch.setattr(Module, "validation_step", worse_and_worse)
     tested = {}
     monkeypatch.setattr(
-        Module, "on_test_start", lambda module: tested.update(module.bert.state_dict())
+        Module,
+        "on_test_start",
+        lambda module: tested.update(module.bert.state_dict()),
     )
     folder = run()
     results = read_results(folder)
@@ -346,7 +365,9 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
         for folder in (trained, again, other)
     ]
     assert weights[0] == weights[1] != weights[2]
-    metrics = [read_results(folder)["metrics"] for folder in (trained, again, other)]
+    metrics = [
+        read_results(folder)["metrics"] for folder in (trained, again, other)
+    ]
     assert metrics[0] == metrics[1] != metrics[2]
 
 
@@ -417,7 +438,9 @@ def test_importing_main_touches_nothing(tmp_path):
         text=True,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert files(tmp_path) == {"logs/imdb/version_0/results.json": b"an earlier result"}
+    assert files(tmp_path) == {
+        "logs/imdb/version_0/results.json": b"an earlier result"
+    }
 
 
 # As a user would
@@ -471,7 +494,9 @@ def test_predict_labels_each_review_in_order_as_the_pipeline_does(
     elif kind == "txt":
         pathlib.Path(file).write_text("\n".join(texts) + "\n")
     else:
-        write_reviews(tmp_path, kind, None, {"text": texts, "label": [0] * len(texts)})
+        write_reviews(
+            tmp_path, kind, None, {"text": texts, "label": [0] * len(texts)}
+        )
     # What the model was trained with wins over these flags.
     other = {"seq_length": 12, "truncation": "head", "seed": 5}
     before = files(trained.parents[1])
@@ -496,7 +521,9 @@ def test_labels_of_another_model_are_read_in_the_order_of_their_numbers(
     rows = []
     for labels in ({"0": "neg", "1": "pos"}, {"1": "pos", "0": "neg"}):
         config = json.loads((model / "config.json").read_text())
-        (model / "config.json").write_text(json.dumps(config | {"id2label": labels}))
+        (model / "config.json").write_text(
+            json.dumps(config | {"id2label": labels})
+        )
         call(predict=str(tmp_path / "new.txt"), logdir=str(tmp_path))
         rows.append(capsys.readouterr().out)
     assert rows[0] == rows[1] and rows[0].startswith("label,neg,pos\n")
@@ -512,7 +539,9 @@ def test_predict_names_many_classes_in_the_order_of_their_numbers(
         label2id={name: number for number, name in enumerate(names)},
     )
     model.save_pretrained(tmp_path / "model")
-    transformers.BertTokenizer.from_pretrained(bert).save_pretrained(tmp_path / "model")
+    transformers.BertTokenizer.from_pretrained(bert).save_pretrained(
+        tmp_path / "model"
+    )
     texts = ["a fine film", "an awful film", "it was", "the plot!"]
     (tmp_path / "new.txt").write_text("\n".join(texts))
     capsys.readouterr()

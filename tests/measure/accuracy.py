@@ -37,7 +37,9 @@ def label_by_main(arguments: list[str], reviews: pathlib.Path) -> pandas.Series:
     """Trains with the arguments; returns the label of each review."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "main.py"), f"--logdir={folder}/logs"]
-        subprocess.run([*command, *arguments], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [*command, *arguments], check=True, stdout=subprocess.DEVNULL
+        )
         with open(f"{folder}/labels.csv", "wb") as labels:
             predict = [*command, f"--predict={reviews}"]
             subprocess.run(predict, check=True, stdout=labels)
@@ -106,7 +108,9 @@ def main(argv: list[str]) -> None:
             for setting in settings:
                 right = are_right(setting, seed, reviews)
                 tables[setting][seed] = right
-                print(f"seed {seed} {setting}: {100 * right.mean():.2f} %", flush=True)
+                print(
+                    f"seed {seed} {setting}: {100 * right.mean():.2f} %", flush=True
+                )
     for setting, table in tables.items():
         each = 100 * table.mean()
         print(f"{each.mean():.2f} ± {each.std():.2f} %  {setting}")
@@ -118,5 +122,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", "accuracy", "Folder of what the models say.")
     flags.DEFINE_string("grid", "", "Settings, with ; between them.")
     flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of each setting.")
-    flags.DEFINE_integer("reviews", 2500, "Test reviews that every model labels.", 10)
+    flags.DEFINE_integer(
+        "reviews", 2500, "Test reviews that every model labels.", 10
+    )
     app.run(main)

@@ -80,13 +80,19 @@ FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(main)
 FLAGS.set_default("epochs", 1)
 flags.DEFINE_integer("rounds", 3, "Runs of each contestant; five for claims.", 1)
-flags.DEFINE_integer("reviews", 320, "Reviews to train on; a ninth more validates.", 48)
+flags.DEFINE_integer(
+    "reviews", 320, "Reviews to train on; a ninth more validates.", 48
+)
 flags.DEFINE_integer("test_reviews", 250, "Reviews to test on.", 2)
 flags.DEFINE_list("contestants", NAMES, "Who takes part, in this order.")
-flags.register_validator("contestants", {*NAMES}.issuperset, f"must be some of {NAMES}")
+flags.register_validator(
+    "contestants", {*NAMES}.issuperset, f"must be some of {NAMES}"
+)
 flags.DEFINE_enum("contestant", None, NAMES, "Internal: who runs in this process.")
 flags.DEFINE_string("samples", None, "Internal: folder of the tokenised reviews.")
-flags.DEFINE_float("started", None, "Internal: when this process was started, in s.")
+flags.DEFINE_float(
+    "started", None, "Internal: when this process was started, in s."
+)
 
 
 def clock() -> float:
@@ -121,7 +127,10 @@ class Meter:
             self.seconds, self.since = self.seconds + clock() - self.since, None
 
     def speed(self) -> float:
-        return sum(int(real) for real, _ in self.batches[self.warm_up :]) / self.seconds
+        return (
+            sum(int(real) for real, _ in self.batches[self.warm_up :])
+            / self.seconds
+        )
 
     def padding(self) -> float:
         real, positions = map(sum, zip(*self.batches, strict=True))
@@ -129,7 +138,9 @@ class Meter:
 
 
 def precision() -> str:
-    return main.fastest_precision() if FLAGS.precision == "auto" else FLAGS.precision
+    return (
+        main.fastest_precision() if FLAGS.precision == "auto" else FLAGS.precision
+    )
 
 
 def steps(samples: Samples) -> int:
@@ -303,7 +314,9 @@ def bare(samples: Samples, training: Meter, testing: Meter) -> float:
             optimizer.zero_grad()
         training.pause()
     module.eval()
-    logits = torch.autocast(DEVICE, **bf16)(lambda batch: module(batch["input_ids"]))
+    logits = torch.autocast(DEVICE, **bf16)(
+        lambda batch: module(batch["input_ids"])
+    )
     return test(logits, module.batches(samples["test"]), testing)
 
 
@@ -313,7 +326,9 @@ def peak_memory() -> float:
         return torch.cuda.max_memory_allocated() / 1e6
     status = pathlib.Path("/proc/self/status")
     if status.exists():  # on Linux, where getrusage starts from the parent's figure
-        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) * 1024 / 1e6
+        return (
+            int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) * 1024 / 1e6
+        )
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
@@ -326,7 +341,12 @@ def compete(name: str) -> Figures:
     samples = datasets.load_from_disk(FLAGS.samples)
     accuracy = globals()[name](samples, training, testing)
     start = FLAGS.started + (0 if name in ("ours", "bare") else IMPORT)
-    figures = [training.speed(), testing.speed(), training.padding(), testing.padding()]
+    figures = [
+        training.speed(),
+        testing.speed(),
+        training.padding(),
+        testing.padding(),
+    ]
     peak = peak_memory()
     figures += [peak, peak / training.early if training.early else math.nan]
     figures += [training.first - start, time.time() - start, accuracy]
@@ -346,7 +366,9 @@ def prepare(folder: str) -> torch.Tensor:
             draw = {"train_size": size, "stratify_by_column": "label"}
             parts = splits[part].train_test_split(**draw, seed=FLAGS.seed)
             splits[part] = parts["train"]
-    splits["val"], splits["train"] = main.stratified(splits["train"], 10, FLAGS.seed)
+    splits["val"], splits["train"] = main.stratified(
+        splits["train"], 10, FLAGS.seed
+    )
     tokenizer = load_tokenizer()
     samples = main.tokenise(splits, tokenizer, FLAGS.seq_length, FLAGS.truncation)
     samples.save_to_disk(folder)
@@ -362,7 +384,9 @@ def run(name: str, samples: str, seed: int) -> Figures:
         env = {"CUDA_VISIBLE_DEVICES": "0"} | os.environ  # a Trainer would take all
         done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{done.stdout}{done.stderr}benchmark.py: {name} failed, see above")
+        sys.exit(
+            f"{done.stdout}{done.stderr}benchmark.py: {name} failed, see above"
+        )
     figures = json.loads(done.stdout.splitlines()[-1])
     shown = (f"{title} {figures[title]:{FIGURES[title]}}" for title in figures)
     print(f"{name}:", *shown, sep="  ", file=sys.stderr, flush=True)
@@ -396,10 +420,14 @@ def tables(rounds: list[dict[str, Figures]]) -> str:
     for title, form in FIGURES.items():
         if all(title in figures for figures in rounds[0].values()):
             each = [[r[name][title] for r in rounds] for name in rounds[0]]
-            medians.append([title, *(f"{statistics.median(e):{form}}" for e in each)])
+            medians.append(
+                [title, *(f"{statistics.median(e):{form}}" for e in each)]
+            )
         if "ours" in rounds[0] and not re.search("padding|share", title):
             points = title == "test accuracy"
-            ratios.append([f"{title}, points less" if points else title.split(",")[0]])
+            ratios.append(
+                [f"{title}, points less" if points else title.split(",")[0]]
+            )
             for name in others:
                 pairs = [(r["ours"][title], r[name][title]) for r in rounds]
                 each = sorted(100 * (a - b) if points else a / b for a, b in pairs)
@@ -415,7 +443,9 @@ def benchmark(argv: list[str]) -> None:
         return
     needed = any(name.startswith("trainer") for name in FLAGS.contestants)
     if needed and not importlib.util.find_spec("accelerate"):
-        sys.exit("benchmark.py: the Trainer needs accelerate: pip install accelerate")
+        sys.exit(
+            "benchmark.py: the Trainer needs accelerate: pip install accelerate"
+        )
     main.quieten()
     main.check_config(FLAGS.model, FLAGS.seq_length)
     rounds, names = [], FLAGS.contestants

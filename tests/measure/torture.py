@@ -30,7 +30,9 @@ CONTEXT.set_forkserver_preload(["main"])
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 
 
-def run(folder: str, arguments: list[str], save_every: float, blow: Any = None) -> None:
+def run(
+    folder: str, arguments: list[str], save_every: float, blow: Any = None
+) -> None:
     """Runs `main.main` in the folder; `blow` is (where, nth call, signal) to die at."""
     import torch
 
@@ -114,13 +116,18 @@ def finish(folder: pathlib.Path, arguments: list[str]) -> int:
 
 
 def trial(
-    folder: pathlib.Path, arguments: list[str], seconds: float, chance: random.Random
+    folder: pathlib.Path,
+    arguments: list[str],
+    seconds: float,
+    chance: random.Random,
 ) -> list[str]:
     """Kills a run one to three times, each at a random moment; returns what it did."""
     version, done = folder / "logs" / "imdb" / "version_0", []
     kills = chance.randint(1, 3)
     while len(done) < kills:
-        if (version / "results.json").exists():  # it ended before the blow: once more
+        if (
+            version / "results.json"
+        ).exists():  # it ended before the blow: once more
             shutil.rmtree(folder / "logs")
         last = version / "checkpoints" / "last.ckpt"
         flags = ["--resume"] if last.exists() else arguments
@@ -167,7 +174,8 @@ def main(argv: list[str]) -> None:
             same = status == 0 and outcome(folder) == expected
             equal += same
             print(
-                f"{number}: {'equal' if same else 'DIFFERENT'} after {done}", flush=True
+                f"{number}: {'equal' if same else 'DIFFERENT'} after {done}",
+                flush=True,
             )
     print(f"{equal} of {flags.FLAGS.trials} resumed runs equal the undisturbed one")
     sys.exit(equal < flags.FLAGS.trials)
