@@ -199,7 +199,7 @@ def check_columns(flag: str, reviews: Reviews, columns: dict) -> Reviews:
         # pandas calls a second column text text.1.
         if column not in found or f"{column}.1" in found:
             refuse(f"{flag}: expected one column {column}, found {found}")
-        kinds = sorted({type(value).__name__ for value in reviews[column]})
+        kinds = sorted({type(value).__name__ for value in reviews[column][:]})
         if not {*kinds} <= expected:
             refuse(f"{flag}: expected {column} of {expected}, found {kinds}")
     return reviews.select_columns([*columns])
@@ -218,7 +218,8 @@ def match_labels(flag: str, splits: Samples) -> Samples:
         if len({*names[part]}) < len({*labels}):
             say_once("Data", "labels that differ by blanks alone are one class")
     # In the order of train's numbers or words: 9 before 10.
-    pairs = sorted({*zip(splits["train"]["label"], names["train"], strict=True)})
+    numbers = splits["train"]["label"][:]
+    pairs = sorted({*zip(numbers, names["train"], strict=True)})
     classes = datasets.ClassLabel(names=[*dict.fromkeys(name for _, name in pairs)])
     if classes.num_classes < 2:
         refuse(f"{flag}: expected two classes or more, found {classes.names}")
@@ -560,8 +561,8 @@ class IMDBSentimentClassifier(pl.LightningModule):
     def setup(self, stage: str) -> None:
         if self.samples is None and stage != "predict":
             samples = load_samples(**self.hparams)
-            known = {*samples["train"]["text"], *samples["val"]["text"]}
-            self.leaks = sum(text in known for text in samples["test"]["text"])
+            known = {*samples["train"]["text"][:], *samples["val"]["text"][:]}
+            self.leaks = sum(text in known for text in samples["test"]["text"][:])
             columns = [[s["text"][:], s["label"][:]] for s in samples.values()]
             content = json.dumps(columns).encode()
             self.fingerprint = hashlib.sha256(content).hexdigest()
@@ -946,7 +947,7 @@ class Terminal(pl.callbacks.Callback):
         for part, sample in module.samples.items():
             counts = commas(count_classes(sample))
             say(f"  {part}", f"{len(sample):,} reviews: {counts}")
-            cuts += [cut > 0 for cut in sample["cut"]]
+            cuts += [cut > 0 for cut in sample["cut"][:]]
         share = sum(cuts) / len(cuts)
         say("", f"{module.leaks:,} of test stand in train word for word")
         say(

@@ -268,10 +268,6 @@ def test_the_model_card_holds_what_the_hub_reads(trained, reviews):
         assert data.pipeline_tag == "text-classification"
         assert data.library_name == "transformers"
         assert data.license is None  # the user's choice
-    assert (local.datasets, local.base_model) == (
-        None,
-        None,
-    )  # they are no Hub names
 
 
 def test_the_best_epoch_is_tested_and_exported_not_the_last(run, monkeypatch):
