@@ -1,15 +1,14 @@
-"""Fine-tunes BERT to tell good film reviews from bad ones, or any labelled texts.
+"""Fine-tunes BERT to tell good film reviews from bad, or any labelled texts.
 
-    python main.py --debug                     all the way on one batch, in seconds
+    python main.py --debug                     one batch, all the way
     python main.py --percent=50 --epochs=10    half of IMDB, not 5 %
-    python main.py --dataset=FOLDER            own train.csv and test.csv (or jsonl,
-                                               parquet) of text and label
+    python main.py --dataset=FOLDER            own train.csv and test.csv
     python main.py --resume                    go on where it stopped
     python main.py --predict=FILE              label new reviews
     tensorboard --logdir logs                  look at the run
 
-Shapes: B reviews in a batch, N in a sample; T word-pieces of a batch's longest
-review, padding included; H the width of the model; C classes.
+A sample is what --percent draws of a split: train, val, test. Shapes: N reviews
+in a sample, B in a batch, each of T word-pieces; H the model's width; C classes.
 
 [1] Devlin et al. 2019, BERT: https://arxiv.org/abs/1810.04805
 [2] Sun et al. 2019, How to Fine-Tune BERT: https://arxiv.org/abs/1905.05583
@@ -68,7 +67,7 @@ FLAGS = flags.FLAGS
 # Flags in which a resumed run may differ.
 RUN_FLAGS = ("debug", "predict", "resume", "logdir")
 SAVE_EVERY = 600  # seconds after which the next step writes `last.ckpt`
-LOG_EVERY = 10  # steps: to log, the host waits for the device
+LOG_EVERY = 10  # steps; to read a number, the CPU waits for the GPU
 SAY_EVERY = 60  # seconds between two lines of progress, at least
 SHOWN = 20  # classes, and errors, shown at most
 KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -94,7 +93,7 @@ flags.DEFINE_enum("truncation", "tail", ["head", "tail", "head_tail"],
     "Part of a long review kept; head_tail: a quarter head, the rest tail [2].")
 # Model
 flags.DEFINE_string("model", "google-bert/bert-base-uncased",
-    "Hub name or folder of a BERT to train; to predict, a trained one's folder.")
+    "Hub name or folder of a BERT; to predict, folder of a trained one.")
 # Optimisation
 flags.DEFINE_integer("epochs", 3,
     "Passes over train; the best by validation is tested and kept.", 1)
@@ -107,7 +106,7 @@ flags.DEFINE_float("lr", 5e-5,
 flags.DEFINE_float("momentum", 0.9,
     "Share of past gradients kept: SGD's momentum, AdamW's first beta.")
 flags.DEFINE_float("weight_decay", 0.01,
-    "Decay of matrices a step, times the rate; SGD ignores it.")
+    "Decay of weight matrices, times the rate; SGD ignores it.")
 flags.DEFINE_float("warmup", 0.1,
     "Share of steps in which the rate rises to lr; SGD ignores it.")
 # Run
@@ -122,7 +121,7 @@ flags.DEFINE_integer("seed", 0,
 flags.DEFINE_string("logdir", "logs",
     "Folder of the run; the one before it moves to LOGDIR.old.")
 flags.DEFINE_enum("precision", "auto", ["auto", "32-true", "bf16-mixed"],
-    "Of matrix products; auto is bf16 where hardware has it, 32-true may be TF32.")
+    "auto is bf16 where the hardware has it; 32-true may be TF32.")
 flags.DEFINE_integer("devices", 1,
     "GPUs, or CPU processes, a machine; the global batch grows with them.", 1)
 flags.DEFINE_integer("num_nodes", 1,
@@ -181,22 +180,26 @@ def check_name(flag: str, name: str) -> None:
 
 
 def read_file(flag: str, path: Path) -> Reviews:
-    """Reads one file; its content names the cache, as paths come again."""
+    """Reads one file; cached by its content, as it may change in its place."""
     with refusing(f"{flag}: expected reviews in {path}", *UNREADABLE):
         content = hashlib.sha256(path.read_bytes()).hexdigest()
         return datasets.load_dataset(
             KINDS.get(path.suffix.lower(), "text"),
             data_files=glob.escape(str(path)),
             split="train",
-            cache_dir=os.path.join(datasets.config.HF_DATASETS_CACHE, content[:16]),
+            cache_dir=os.path.join(
+                datasets.config.HF_DATASETS_CACHE, content[:16]
+            ),
         )
 
 
 def check_columns(flag: str, reviews: Reviews, columns: dict) -> Reviews:
     """Returns these columns alone, each there and of its type."""
+    if not len(reviews):
+        refuse(f"{flag}: expected reviews, found none")
     found = reviews.column_names
     for column, expected in columns.items():
-        # pandas calls a second column text text.1.
+        # pandas renames a second column `text` to `text.1`.
         if column not in found or f"{column}.1" in found:
             refuse(f"{flag}: expected one column {column}, found {found}")
         kinds = sorted({type(value).__name__ for value in reviews[column][:]})
@@ -212,7 +215,9 @@ def match_labels(flag: str, splits: Samples) -> Samples:
         labels = split["label"][:]
         classes = split.features["label"]
         if isinstance(classes, datasets.ClassLabel):
-            with refusing(f"{flag}: {part}: a label is missing", ValueError):  # -1
+            with refusing(
+                f"{flag}: {part}: a label is missing", ValueError
+            ):  # -1
                 labels = classes.int2str(labels)
         names[part] = [str(label).strip() for label in labels]
         if len({*names[part]}) < len({*labels}):
@@ -220,7 +225,9 @@ def match_labels(flag: str, splits: Samples) -> Samples:
     # In the order of train's numbers or words: 9 before 10.
     numbers = splits["train"]["label"][:]
     pairs = sorted({*zip(numbers, names["train"], strict=True)})
-    classes = datasets.ClassLabel(names=[*dict.fromkeys(name for _, name in pairs)])
+    classes = datasets.ClassLabel(
+        names=[*dict.fromkeys(name for _, name in pairs)]
+    )
     if classes.num_classes < 2:
         refuse(f"{flag}: expected two classes or more, found {classes.names}")
     unknown = sorted({*names["test"]} - {*classes.names})
@@ -235,7 +242,7 @@ def match_labels(flag: str, splits: Samples) -> Samples:
 
 
 def load_splits(dataset: str) -> Samples:
-    """Loads a folder's train.* and test.* alone, or what the Hub would."""
+    """Loads a folder's train.* and test.*, no other file; or the Hub's splits."""
     flag = "--dataset=" + dataset
     files = [
         path
@@ -293,10 +300,12 @@ def tokenise(
     cls = tokenizer.cls_token_id
     sep = tokenizer.sep_token_id
 
-    # Its variables name the cache, so neither `self` nor FLAGS.
+    # datasets caches by the variables used here: no `self`, no FLAGS.
     def encode(batch: dict[str, list], rows: list[int]) -> dict[str, list]:
         columns = {"row": rows, "input_ids": [], "length": [], "cut": []}
-        encoded = tokenizer(batch["text"], add_special_tokens=False, verbose=False)
+        encoded = tokenizer(
+            batch["text"], add_special_tokens=False, verbose=False
+        )
         for pieces in encoded["input_ids"]:
             cut = max(0, len(pieces) - room)
             review = [cls, *pieces[:head], *pieces[head + cut :], sep]
@@ -305,7 +314,11 @@ def tokenise(
             columns["cut"].append(cut)
         return columns
 
-    options = {"with_indices": True, "remove_columns": "text", "desc": "Tokenising"}
+    options = {
+        "with_indices": True,
+        "remove_columns": "text",
+        "desc": "Tokenising",
+    }
     return samples.map(encode, batched=True, **options)
 
 
@@ -317,8 +330,10 @@ class LengthGroupedBatches(torch.utils.data.Sampler):
     first steps hold about as much memory as any.
 
     The plan follows from (seed, epoch) alone. A resumed epoch makes it again and
-    skips what is done: that makes resuming exact. Each process takes every
-    `world_size`-th batch; sizes differ by one review at most.
+    skips what is done. That makes resuming exact, with dropout that follows from
+    (seed, step), running means that are saved, and Lightning's own state.
+
+    Each process takes every `world_size`-th batch; sizes differ by one at most.
     """
 
     lengths: Tensor  # <int64>[N] word-pieces of each review
@@ -335,7 +350,7 @@ class LengthGroupedBatches(torch.utils.data.Sampler):
     def __len__(self) -> int:
         size = len(self.lengths)
         batches = math.ceil(size / (self.batch_size * self.world_size))
-        # The latter where batches of one would leave a process without.
+        # Fewer where batches of one would leave a process without its last.
         return min(batches, size // self.world_size)
 
     def plan(self) -> list[list[int]]:
@@ -391,18 +406,22 @@ def load_tokenizer(model: str, config: dict) -> transformers.BertTokenizer:
     load = transformers.BertTokenizer.from_pretrained
     with refusing(f"{flag}: expected a tokenizer", OSError, ValueError):
         tokenizer = load(model, split_special_tokens=True)
-    # transformers makes one of special tokens if its files are missing.
+    # If its files are missing, transformers makes one without words.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         refuse(f"{flag}: expected a tokenizer, found no vocabulary")
     pad = config.get("pad_token_id", 0)
     if tokenizer.pad_token_id != pad:
-        refuse(f"{flag}: [PAD] is {tokenizer.pad_token_id}, its pad_token_id {pad}")
+        refuse(
+            f"{flag}: [PAD] is {tokenizer.pad_token_id}, its pad_token_id {pad}"
+        )
     size = config.get("vocab_size", 30522)
     if len(tokenizer) > size:
         refuse(f"{flag}: {len(tokenizer)} word-pieces, {size} embeddings")
     backend = tokenizer.backend_tokenizer
     tags = tokenizers.normalizers.Replace(tokenizers.Regex(r"<br\s*/?>"), " ")
-    backend.normalizer = tokenizers.normalizers.Sequence([tags, backend.normalizer])
+    backend.normalizer = tokenizers.normalizers.Sequence(
+        [tags, backend.normalizer]
+    )
     return tokenizer
 
 
@@ -428,41 +447,41 @@ def load_bert(model: str, names: list[str], trained: bool) -> torch.nn.Module:
     may_be_new = () if trained else ("classifier.", "bert.pooler.")
     lost = sorted(key for key in new if not key.startswith(may_be_new))
     if lost:
-        refuse(f"{flag}: {len(lost)} weights lack or misfit: {lost[:2]}")
+        refuse(f"{flag}: {len(lost)} weights missing or misshapen: {lost[:2]}")
     for key, weights in bert.named_parameters():
         if not weights.isfinite().all():
             refuse(f"{flag}: found NaN or inf in {key}")
     if "bert.pooler.dense.weight" in new:
-        say("Model", "its pooler lacks, and starts from random weights")
+        say("Model", "no pooler in the checkpoint: random weights")
     had_head = "classifier.weight" not in info["missing_keys"]
     if had_head and not trained and earlier != classes:
-        say("Model", f"a new classifier: the earlier is not of {names[:SHOWN]}")
+        say("Model", f"a new classifier: its own is not of {names[:SHOWN]}")
         std = bert.config.initializer_range
         torch.nn.init.normal_(bert.classifier.weight, std=std)
         torch.nn.init.zeros_(bert.classifier.bias)
     return bert.train()  # it comes in eval mode, with dropout off
 
 
-# Faster on a CPU: without it, and the call of `speed_up`, the same model trains.
-# Gains: medians of five rounds of steps, MiniLM at 256 in bf16, two cores with AMX.
+# Faster on a CPU. Without this section and the call of `speed_up`, training is the
+# same but slower; a GPU gains from ClsLayer alone. Gains are medians of five rounds,
+# in training steps of MiniLM at 256 in bf16 on two cores with AMX.
 
 
 class Dropout(torch.nn.Dropout):
-    """Draws 16 random bits an element: 1.16 times."""
+    """Draws 16 random bits an element: 1.16 times as fast."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or x.device.type != "cpu":
             return super().forward(x)
         bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64)
-        bits = (
-            bits.random_(-(2**63), None).view(torch.int16)[: x.numel()].view_as(x)
-        )
+        bits.random_(-(2**63), None)
+        bits = bits.view(torch.int16)[: x.numel()].view_as(x)
         kept = bits >= round(self.p * 2**16) - 2**15
         return x * (kept.to(x.dtype) / (1 - self.p))
 
 
 class ClsLayer(modeling_bert.BertLayer):
-    """The last layer for [CLS], all that the classifier reads: 1.14 times."""
+    """The last layer for [CLS], all that the classifier reads: 1.14 times as fast."""
 
     def forward(self, hidden: Tensor, mask: Any, *_: Any, **__: Any) -> Tensor:
         cls = hidden[:, :1]  # [B, 1, H] of [B, T, H]
@@ -473,7 +492,7 @@ class ClsLayer(modeling_bert.BertLayer):
 
 
 def cast_once(module: torch.nn.Module, args: Any, out: Tensor) -> Tensor:
-    """Casts to bf16, so that no layer need cast its input: 1.11 times."""
+    """Casts to bf16, so that no layer casts its input: 1.11 times as fast."""
     return out.bfloat16() if torch.is_autocast_enabled("cpu") else out
 
 
@@ -494,7 +513,7 @@ def attend(
     scaling: float,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Trains without fused attention, slow in bf16: 1.33 times.
+    """Trains without fused attention, slow in bf16: 1.33 times as fast.
 
     Above 256 word-pieces the probabilities, a third of a step's memory,
     are computed again for the gradient, by review.
@@ -552,7 +571,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
         # Row, label and logits of each review: <float32>[N, 2 + C].
         self.scored = torchmetrics.CatMetric(nan_strategy="disable")
 
-    # Data: one process fills the cache, all read it in `setup`.
+    # Data: one process a machine tokenises, all read its cache in `setup`.
 
     def prepare_data(self) -> None:
         if self.samples is None and not self.trainer.predicting:
@@ -573,7 +592,9 @@ class IMDBSentimentClassifier(pl.LightningModule):
         lengths = torch.tensor(sample["length"][:])
         return DataLoader(
             sample.remove_columns(["length", "cut"]),
-            sampler=LengthGroupedBatches(lengths, self.hparams.batch_size, **plan),
+            sampler=LengthGroupedBatches(
+                lengths, self.hparams.batch_size, **plan
+            ),
             batch_size=None,  # the sampler draws whole batches
             collate_fn=self.collate,
             pin_memory=torch.cuda.is_available(),
@@ -583,10 +604,11 @@ class IMDBSentimentClassifier(pl.LightningModule):
         """Pads input_ids to <int64>[B, T]; the others are <int64>[B]."""
         reviews = [torch.tensor(review) for review in columns.pop("input_ids")]
         longest = max(len(review) for review in reviews)
-        # To few lengths, as oneDNN keeps 16 MB of kernels for each.
+        # Rounded up to few lengths: oneDNN keeps 16 MB of kernels for each.
         limit = self.hparams.seq_length
-        step = max(8, limit // 32)
-        length = min(math.ceil(longest / step) * step, limit)
+        multiple = max(8, limit // 32)
+        length = min(math.ceil(longest / multiple) * multiple, limit)
+        # Columns row and label become rows and labels.
         batch = {
             f"{name}s": torch.tensor(column) for name, column in columns.items()
         }
@@ -621,7 +643,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
         self.pieces = 0
         self.clock = time.perf_counter()
 
-    on_train_epoch_start = on_train_start  # not called where an epoch is resumed
+    on_train_epoch_start = on_train_start  # not in a resumed epoch
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Dropout follows from (seed, step): a resumed run draws the same.
@@ -635,14 +657,12 @@ class IMDBSentimentClassifier(pl.LightningModule):
         self.mean_loss.update(loss.detach(), len(logits))
         self.mean_acc.update(acc, len(logits))
         self.pieces += batch["input_ids"].ne(self.pad).sum()
-        # The host waits for the device to read a number.
+        # To read a number, the CPU waits for the GPU: at few steps.
         step = self.global_step
         is_due = (step + 1) % self.trainer.log_every_n_steps == 0
         if is_due or self.trainer.is_last_batch:
             if not loss.isfinite():
-                refuse(
-                    f"the loss is {loss:.0f} at step {step + 1}: try a lower --lr"
-                )
+                refuse(f"loss {loss:.0f} at step {step + 1}: try a lower --lr")
             seconds = time.perf_counter() - self.clock
             figures = {
                 "train_loss": loss,
@@ -723,7 +743,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
         return [optimizer], [{"scheduler": linear, "interval": "step"}]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        # Lightning refuses to, for a fused optimiser in mixed precision.
+        # Lightning refuses to clip for a fused optimiser in mixed precision.
         torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
 
     # Checkpoints and export.
@@ -737,7 +757,9 @@ class IMDBSentimentClassifier(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         if checkpoint["fingerprint"] != self.fingerprint:
-            refuse(f"--dataset={self.hparams.dataset}: not the reviews of this run")
+            refuse(
+                f"--dataset={self.hparams.dataset}: not the reviews of this run"
+            )
 
     def export(self, folder: Path) -> None:
         """Saves model and tokenizer for `transformers.pipeline`."""
@@ -757,7 +779,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
 
 
 class WholeCheckpointIO(pl.plugins.TorchCheckpointIO):
-    """Writes beside the earlier and renames: one is always whole.
+    """Writes to .partial, then renames: a crash leaves the earlier one whole.
 
     Lightning's own builds it in memory, then in /tmp, perhaps another disk.
     """
@@ -819,7 +841,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
         on_signals(self.stop)  # Lightning took back those of training
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        # Saved at an epoch's last step, it would skip the validation.
+        # At an epoch's last step, it would be resumed after the validation.
         if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             self.save(trainer, time.monotonic() - self.saved > SAVE_EVERY)
 
@@ -853,13 +875,17 @@ def only_run(run: Path) -> Iterator[None]:
             finally:
                 holder.unlink()
     except filelock.Timeout:
-        refuse(f"--logdir={run.parent}: process {holder.read_text()} runs in {run}")
+        refuse(
+            f"--logdir={run.parent}: process {holder.read_text()} runs in {run}"
+        )
 
 
 @rank_zero_only
 def clear(run: Path, debug: bool) -> None:
     """Moves the earlier run to LOGDIR.old; drops a debug run."""
-    with refusing(f"--logdir={run.parent}: cannot move {run}", sh.ErrorReturnCode):
+    with refusing(
+        f"--logdir={run.parent}: cannot move {run}", sh.ErrorReturnCode
+    ):
         if debug:
             sh.rm("-rf", "--", run if run.is_symlink() else run / "version_0")
         elif os.path.lexists(run):
@@ -872,9 +898,9 @@ def check_resume(checkpoints: Path, given: dict) -> tuple[dict, int]:
     """Returns the flags and the step of the run to go on with."""
     last = checkpoints / "last.ckpt"
     if (checkpoints.parent / "results.json").exists():
-        refuse("--resume: the run is finished; leave it out to start anew")
+        refuse("--resume: the run is finished, start a new one")
     if not last.exists():
-        refuse(f"--resume: nothing to resume, found no {last}")
+        refuse(f"--resume: nothing to resume, no {last}")
     broken = (
         RuntimeError,
         pickle.UnpicklingError,
@@ -886,9 +912,10 @@ def check_resume(checkpoints: Path, given: dict) -> tuple[dict, int]:
         checkpoint = {**torch.load(last, "cpu", mmap=True, weights_only=True)}
         stored = dict(checkpoint["hyper_parameters"])
         step = checkpoint["global_step"]
-        scored = checkpoint["val"]  # unless it was saved in the first epoch
-        checkpoint["optimizer_states"], checkpoint["fingerprint"], stored["model"]
-    if scored and not (checkpoints / "best.ckpt").exists():
+        best_acc = checkpoint["callbacks"]["Checkpoints"]["best_acc"]
+        for key in ("optimizer_states", "fingerprint"):
+            checkpoint[key]  # noqa: B018  or a KeyError
+    if best_acc and not (checkpoints / "best.ckpt").exists():
         refuse(f"--resume: found no best.ckpt beside {last}")
     for name, value in given.items():
         if stored[name] != value:
@@ -898,7 +925,7 @@ def check_resume(checkpoints: Path, given: dict) -> tuple[dict, int]:
 
 
 def check_processes(devices: int, num_nodes: int) -> None:
-    """Refuses other processes than the flags say, which would wait for ever."""
+    """Refuses processes that would wait for others for ever."""
     slurm = SLURMEnvironment.detect()
     started = os.environ.get("SLURM_NTASKS" if slurm else "WORLD_SIZE")
     ranks = {"RANK", "LOCAL_RANK", "SLURM_PROCID"} & {*os.environ}
@@ -907,7 +934,7 @@ def check_processes(devices: int, num_nodes: int) -> None:
         refuse(f"{why} without WORLD_SIZE: unset it, or use torchrun or SLURM")
     processes = devices * num_nodes
     if started not in (None, str(processes)):
-        refuse(f"WORLD_SIZE is {started}, --devices x --num_nodes is {processes}")
+        refuse(f"WORLD_SIZE is {started}, --devices x --num_nodes {processes}")
 
 
 # Results: said on the way and at the end, computed, drawn and written.
@@ -949,20 +976,20 @@ class Terminal(pl.callbacks.Callback):
             say(f"  {part}", f"{len(sample):,} reviews: {counts}")
             cuts += [cut > 0 for cut in sample["cut"][:]]
         share = sum(cuts) / len(cuts)
-        say("", f"{module.leaks:,} of test stand in train word for word")
-        say(
-            "",
-            f"{share:.0%} have over {hp.seq_length} word-pieces: {hp.truncation}",
-        )
+        say("", f"{module.leaks:,} of test are in train or val, word for word")
+        limit = hp.seq_length
+        say("", f"{share:.0%} have over {limit} word-pieces: {hp.truncation}")
         size = sum(p.numel() for p in module.parameters()) / 1e6
         processes = trainer.world_size
         device = trainer.strategy.root_device.type
         say("Model", hp.model)
-        say("", f"{size:.1f} M parameters, {processes} x {device}, {hp.precision}")
-        steps = (
-            f"{trainer.max_epochs} epochs of {trainer.num_training_batches:,} steps"
+        say(
+            "", f"{size:.1f} M parameters, {processes} x {device}, {hp.precision}"
         )
-        say("Training", f"{steps} of {hp.batch_size * processes} reviews")
+        epochs = trainer.max_epochs
+        steps = trainer.num_training_batches
+        batch = hp.batch_size * processes
+        say("Training", f"{epochs} epochs of {steps:,} steps of {batch} reviews")
         curves = {
             "loss": ["Multiline", ["train_loss", "val_loss"]],
             "accuracy": ["Multiline", ["train_acc", "val_acc"]],
@@ -975,7 +1002,7 @@ class Terminal(pl.callbacks.Callback):
         self.said = 0.0  # seconds after that
         self.steps = 0
 
-    on_train_epoch_start = begin  # not called where an epoch is resumed
+    on_train_epoch_start = begin  # not in a resumed epoch
     on_test_start = begin
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
@@ -1022,7 +1049,9 @@ def wilson(share: float, n: int, z: float = 1.96) -> list[float]:
     return [(middle + sign * z * root) / (1 + z * z / n) for sign in (-1, 1)]
 
 
-def summarise(module: IMDBSentimentClassifier, best: dict, seconds: float) -> dict:
+def summarise(
+    module: IMDBSentimentClassifier, best: dict, seconds: float
+) -> dict:
     """Returns all that a run reports, of its best epoch."""
     hp = module.hparams
     labels = module.predictions[:, 1].long()  # [N]
@@ -1059,17 +1088,14 @@ def say_results(results: dict, folder: Path) -> None:
     test = results["samples"]["test"]
     low, high = scores["test_acc_interval"]
     say("", "")
-    say(
-        "Test",
-        f"accuracy {scores['test_acc']:.2%} of {sum(test.values()):,} reviews",
-    )
+    size = sum(test.values())
+    say("Test", f"accuracy {scores['test_acc']:.2%} of {size:,} reviews")
     say("", f"95 % interval {low:.2%} to {high:.2%}")
-    say(
-        "", f"scored once, on epoch {results['best_epoch']}, the best by validation"
-    )
+    epoch = results["best_epoch"]
+    say("", f"scored once, on epoch {epoch}, the best by validation")
     baseline = results["baseline"]
     say("", f"always {baseline['label']}: {baseline['test_acc']:.2%}")
-    say("", f"{results['leaks']:,} of them stand in train word for word")
+    say("", f"{results['leaks']:,} of them are in train or val, word for word")
     for name, row in zip(test, results["confusion"] or [], strict=False):
         say("", f"{name} taken for: {commas(dict(zip(test, row, strict=True)))}")
     say("Model", f"{folder}/model")
@@ -1087,8 +1113,9 @@ def draw(module: IMDBSentimentClassifier, results: dict) -> None:
     for number, name in enumerate(names[:SHOWN]):
         own = probabilities[:, number]
         log.add_pr_curve(f"test_pr/{name}", labels == number, own, step)
-    lines = [["true / predicted", *names], ["---"] * (1 + len(names))]
-    for name, row in zip(names, results["confusion"] or [], strict=False):
+    shown = names if results["confusion"] else []
+    lines = [["true / predicted", *shown], ["---"] * (1 + len(shown))]
+    for name, row in zip(shown, results["confusion"] or [], strict=True):
         lines.append([name, *row])
     table = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
     log.add_text("test_confusion", table, step)
@@ -1134,7 +1161,9 @@ def finish(module: IMDBSentimentClassifier, folder: Path, start: float) -> None:
     draw(module, results)
     names = ("test_acc", "val_acc", "test_loss", "test_f1", "test_ece")
     figures = {name: results["metrics"][name] for name in names}
-    module.logger.log_hyperparams(module.hparams, figures, best["global_step"] - 1)
+    module.logger.log_hyperparams(
+        module.hparams, figures, best["global_step"] - 1
+    )
     module.logger.save()
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     say_results(results, folder)
@@ -1192,15 +1221,11 @@ def train(settings: dict, run: Path, debug: bool, step: int | None) -> None:
         check_name(flag, settings[flag])
         path = Path(settings[flag]).resolve()
         if step is None and path.is_relative_to(run.resolve()):
-            refuse(
-                f"--{flag}={settings[flag]}: {run} is to move, copy it elsewhere"
-            )
+            refuse(f"--{flag}={settings[flag]}: {run} will be moved, copy it")
     samples = load_samples(**settings)
     smallest = min(len(sample) for sample in samples.values())
     if settings["devices"] * settings["num_nodes"] > smallest:
-        refuse(
-            f"--devices: more than the {smallest} reviews of the smallest sample"
-        )
+        refuse(f"--devices: one sample has only {smallest} reviews")
     module = make_module(settings, samples["train"].features["label"].names)
     with refusing("--devices", pl.utilities.exceptions.MisconfigurationException):
         trainer = make_trainer(settings, run, debug, step)
@@ -1273,13 +1298,13 @@ def quieten() -> None:
         logging.getLogger(logger).setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()
     datasets.logging.set_verbosity(logging.CRITICAL)  # it raises what it logs
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would ask the network
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # no network for files
     transformers.logging.disable_progress_bar()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     for decided in (
         "does not have many workers",  # see `batches`
-        "your dataloader is not resumable",  # it is: see `LengthGroupedBatches`
+        "your dataloader is not resumable",  # it is
         "recommended to use `Trainer.devices=1",  # no review is tested twice
         "smaller than the logging interval",  # the epoch's means are logged
         "isinstance.treespec, LeafSpec",  # Lightning's own
@@ -1311,7 +1336,9 @@ def main(argv: list[str]) -> None:
     settings = {f.name: f.value for f in ours if f.name not in RUN_FLAGS}
     if FLAGS.precision == "auto":
         settings["precision"] = fastest_precision()
-    given = {k: v for k, v in settings.items() if not FLAGS[k].using_default_value}
+    given = {
+        k: v for k, v in settings.items() if not FLAGS[k].using_default_value
+    }
     logdir = Path(FLAGS.logdir).expanduser()  # as Lightning does
     run = logdir / ("debug" if FLAGS.debug else "imdb")
     if FLAGS.predict is not None:

@@ -73,8 +73,12 @@ def write_reviews(
             continue
         reviews = datasets.Dataset.from_dict(columns)
         if names is not None:
-            reviews = reviews.cast_column("label", datasets.ClassLabel(names=names))
-        write = {"csv": "to_csv", "jsonl": "to_json", "parquet": "to_parquet"}[kind]
+            reviews = reviews.cast_column(
+                "label", datasets.ClassLabel(names=names)
+            )
+        write = {"csv": "to_csv", "jsonl": "to_json", "parquet": "to_parquet"}[
+            kind
+        ]
         getattr(reviews, write)(folder / f"{part}.{kind}")
     return str(folder)
 
@@ -123,7 +127,9 @@ def bert(tmp_path_factory):
 @pytest.fixture(scope="session")
 def reviews(tmp_path_factory):
     """A folder with 260 reviews to train on and 94 to test."""
-    return demo.make_reviews(tmp_path_factory.mktemp("reviews"), 260, 94, sure=0.97)
+    return demo.make_reviews(
+        tmp_path_factory.mktemp("reviews"), 260, 94, sure=0.97
+    )
 
 
 @pytest.fixture

@@ -31,7 +31,15 @@ def make_bert(
     folder: pathlib.Path, hidden: int, positions: int, spread: float
 ) -> str:
     """Saves an untrained BERT of two layers that knows the words of the reviews."""
-    vocabulary = [*SPECIAL, ".", ",", "!", "##s", "##ly", *" ".join(WORDS).split()]
+    vocabulary = [
+        *SPECIAL,
+        ".",
+        ",",
+        "!",
+        "##s",
+        "##ly",
+        *" ".join(WORDS).split(),
+    ]
     config = transformers.BertConfig(
         vocab_size=len(vocabulary),
         hidden_size=hidden,
@@ -91,7 +99,9 @@ def demo() -> None:
     (folder / "reviews").mkdir()
     settings = {
         "dataset": make_reviews(folder / "reviews", 800, 400, sure=0.85),
-        "model": make_bert(folder / "bert", hidden=64, positions=128, spread=0.02),
+        "model": make_bert(
+            folder / "bert", hidden=64, positions=128, spread=0.02
+        ),
         "logdir": folder / "logs",
         "percent": 100,
         "seq_length": 96,

@@ -67,7 +67,9 @@ def test_no_review_is_in_two_samples(uneven, percent):
 
 @pytest.mark.parametrize("percent", [40, 100])
 def test_the_seed_alone_draws_the_samples(uneven, percent):
-    first, again, other = (main.load_samples(uneven, percent, s) for s in (3, 3, 4))
+    first, again, other = (
+        main.load_samples(uneven, percent, s) for s in (3, 3, 4)
+    )
     for part in first:
         assert first[part]["text"][:] == again[part]["text"][:]
         if part == "val" or percent < 100:
@@ -111,7 +113,9 @@ def test_class_labels_of_a_parquet_keep_their_order(tmp_path):
 
 
 def tokenised(texts: list[str], *arguments: Any) -> datasets.Dataset:
-    reviews = datasets.Dataset.from_dict({"text": texts, "label": [0] * len(texts)})
+    reviews = datasets.Dataset.from_dict(
+        {"text": texts, "label": [0] * len(texts)}
+    )
     return main.tokenise(reviews, *arguments)
 
 
@@ -157,7 +161,9 @@ def test_truncation_equals_a_plain_loop_over_word_pieces(
 ):
     got = tokenised(reviews, tokenizer, seq_length, truncation)
     plain = transformers.BertTokenizer.from_pretrained(bert)
-    expected = [piece_ids(plain, text, seq_length, truncation) for text in reviews]
+    expected = [
+        piece_ids(plain, text, seq_length, truncation) for text in reviews
+    ]
     assert got["input_ids"][:] == expected
     assert got["length"][:] == [len(ids) for ids in expected]
     whole = [len(piece_ids(plain, text, 999, "head")) for text in reviews]
@@ -199,7 +205,9 @@ def test_an_empty_review_is_cls_and_sep(tokenizer):
 def test_a_second_process_with_another_lr_tokenises_nothing(tmp_path, commanded):
     cache, arguments = commanded[0] / "cache", commanded[1]
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.arrow")}
-    tables = [datasets.Dataset.from_file(str(path)).column_names for path in before]
+    tables = [
+        datasets.Dataset.from_file(str(path)).column_names for path in before
+    ]
     assert (
         sum("input_ids" in columns for columns in tables) == 3
     )  # train, val, test
@@ -252,7 +260,9 @@ def test_a_plan_holds_each_review_once_and_shares_evenly(
     )
     batches = sum(ranks, [])
     assert sorted(sum(batches, [])) == list(range(len(lengths)))
-    assert len({len(batches) for batches in ranks}) == 1  # or processes would hang
+    assert (
+        len({len(batches) for batches in ranks}) == 1
+    )  # or processes would hang
     sizes = {len(batch) for batch in batches}
     # Processes with batches of one cannot share an odd review, so one takes two.
     most = max(batch_size, 1 if world_size == 1 else 2)
@@ -293,13 +303,19 @@ def test_batches_of_like_length_need_little_padding_and_come_shuffled(longest):
     for epoch in (0, 1):
         (plan,) = whole_plan(1, epoch, lengths=lengths, batch_size=16, seed=3)
         eights = [lengths[batch].max().item() + 7 & ~7 for batch in plan]
-        padded = sum(len(batch) * T for batch, T in zip(plan, eights, strict=True))
+        padded = sum(
+            len(batch) * T for batch, T in zip(plan, eights, strict=True)
+        )
         assert 1 - lengths.sum().item() / padded < 0.02
-        means = torch.tensor([lengths[batch].double().mean() for batch in plan[1:]])
+        means = torch.tensor(
+            [lengths[batch].double().mean() for batch in plan[1:]]
+        )
         places = torch.arange(len(means)).double()
         assert torch.corrcoef(torch.stack([means, places]))[0, 1].abs() < 0.5
         plans.append({frozenset(batch) for batch in plan})
-    assert len(plans[0] & plans[1]) < len(plans[0]) / 2  # other company each epoch
+    assert (
+        len(plans[0] & plans[1]) < len(plans[0]) / 2
+    )  # other company each epoch
 
 
 def test_evaluation_goes_from_long_to_short_in_every_epoch():

@@ -14,7 +14,12 @@ import pytorch_lightning as pl
 import main
 
 ARGUMENTS = ["--percent=100", "--seq_length=24", "--batch_size=8", "--epochs=2"]
-ARGUMENTS += ["--lr=0.002", "--precision=32-true", "--devices=2", "--strategy=ddp"]
+ARGUMENTS += [
+    "--lr=0.002",
+    "--precision=32-true",
+    "--devices=2",
+    "--strategy=ddp",
+]
 
 
 def start(starter: str, arguments: list[str], cwd: pathlib.Path) -> str:
@@ -64,7 +69,9 @@ def test_two_processes_leave_what_one_would(starter, bert, reviews, tmp_path):
     settings = conftest.SETTINGS | results["flags"]
     settings |= {"model": str(folder / "model"), "devices": 1, "strategy": "auto"}
     module = main.make_module(settings, ["neg", "pos"])
-    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False
+    )
     (alone,) = trainer.test(module, verbose=False)
     for name, value in alone.items():
         assert results["metrics"][name] == pytest.approx(value, abs=1e-6), name

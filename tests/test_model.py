@@ -245,7 +245,9 @@ def test_dropout_is_drawn_anew_for_each_seed_step_and_process(module):
 def test_dropout_drops_its_share_and_keeps_the_mean():
     torch.manual_seed(3)
     for share in (0.0, 0.1, 0.5):
-        x = torch.full((401, 501), 2.0)  # 200,901 elements, not a multiple of four
+        x = torch.full(
+            (401, 501), 2.0
+        )  # 200,901 elements, not a multiple of four
         out = main.Dropout(share)(x)
         zeros = out == 0
         assert zeros.double().mean().item() == pytest.approx(share, abs=0.005)
@@ -282,7 +284,9 @@ class Notes:
     train_differs: list[bool] = dataclasses.field(default_factory=list)
     val_differs: list[bool] = dataclasses.field(default_factory=list)
     groups: list[list[dict]] = dataclasses.field(default_factory=list)
-    norms: list[float] = dataclasses.field(default_factory=list)  # of the gradient
+    norms: list[float] = dataclasses.field(
+        default_factory=list
+    )  # of the gradient
     before: list[list[torch.Tensor]] = dataclasses.field(default_factory=list)
     after: list[list[torch.Tensor]] = dataclasses.field(default_factory=list)
     names: dict[torch.Tensor, str] = dataclasses.field(default_factory=dict)
@@ -296,9 +300,13 @@ def watched() -> Iterator[Notes]:
     def differs(module: Module, batch: dict[str, torch.Tensor]) -> bool:
         """Whether two forward passes differ; leaves the run's random numbers alone."""
         with torch.no_grad(), torch.random.fork_rng():
-            return not module(batch["input_ids"]).equal(module(batch["input_ids"]))
+            return not module(batch["input_ids"]).equal(
+                module(batch["input_ids"])
+            )
 
-    def training_step(module: Module, batch: dict, batch_idx: int) -> torch.Tensor:
+    def training_step(
+        module: Module, batch: dict, batch_idx: int
+    ) -> torch.Tensor:
         notes.names = {p: name for name, p in module.named_parameters()}
         notes.batches.append(batch["input_ids"])
         notes.train_differs.append(differs(module, batch))
@@ -373,7 +381,9 @@ def test_weight_decay_spares_vectors_and_momentum_is_the_first_beta(notes):
             decay = SETTINGS["weight_decay"] if parameter.ndim > 1 else 0
             assert group["weight_decay"] == decay
     parameters = [p for group in notes.groups[0] for p in group["params"]]
-    assert sorted(map(id, parameters)) == sorted(map(id, notes.names))  # each, once
+    assert sorted(map(id, parameters)) == sorted(
+        map(id, notes.names)
+    )  # each, once
 
 
 def test_gradients_are_clipped_to_norm_1(notes):
@@ -472,7 +482,9 @@ def test_the_loss_is_a_mean_and_the_accuracy_a_share_of_reviews(
     margins = torch.tensor([1.0, 2.0, -3.0, 0.5])  # of neg, which is right
     logits = torch.stack([margins, torch.zeros(4)], 1)
     monkeypatch.setattr(Module, "forward", lambda *_: logits)
-    module.trainer = Stub(global_step=0, log_every_n_steps=10, is_last_batch=False)
+    module.trainer = Stub(
+        global_step=0, log_every_n_steps=10, is_last_batch=False
+    )
     module.on_train_start()
     labels = torch.zeros(4, dtype=torch.long)
     batch = {"input_ids": draw_ids(module, 4, 9), "labels": labels}
@@ -524,7 +536,10 @@ def test_metrics_equal_a_plain_loop_over_reviews(trained, bert, reviews):
             ids = torch.tensor([piece_ids(tokenizer, review["text"], *cut)])
             with torch.no_grad():
                 probabilities = model(ids).logits[0].softmax(-1).tolist()
-            label, predicted = review["label"], probabilities[1] > probabilities[0]
+            label, predicted = (
+                review["label"],
+                probabilities[1] > probabilities[0],
+            )
             losses.append(-math.log(probabilities[label]))
             sure.append(max(probabilities))
             right.append(label == predicted)

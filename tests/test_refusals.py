@@ -73,7 +73,9 @@ def spoil(files: dict[str, Change], folder: pathlib.Path = pathlib.Path()) -> st
             continue
         content = change(path.read_bytes()) if callable(change) else change
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        path.write_bytes(
+            content.encode() if isinstance(content, str) else content
+        )
     return str(folder)
 
 
@@ -215,7 +217,10 @@ def test_flags_that_do_not_fit_are_refused(refused, case):
 
 ENVIRONMENT = {
     "fewer": ({"WORLD_SIZE": "2"}, ["WORLD_SIZE is 2", "--num_nodes is 1"]),
-    "no number": ({"WORLD_SIZE": "abc"}, ["WORLD_SIZE", "abc", "--num_nodes is 1"]),
+    "no number": (
+        {"WORLD_SIZE": "abc"},
+        ["WORLD_SIZE", "abc", "--num_nodes is 1"],
+    ),
     "a rank alone": ({"RANK": "1"}, ["RANK", "WORLD_SIZE"]),
     "the first rank alone": ({"RANK": "0"}, ["RANK", "WORLD_SIZE"]),
     "a local rank alone": ({"LOCAL_RANK": "1"}, ["LOCAL_RANK", "WORLD_SIZE"]),
@@ -224,7 +229,9 @@ ENVIRONMENT = {
 
 
 @each(ENVIRONMENT)
-def test_processes_other_than_the_flags_say_are_refused(refused, monkeypatch, case):
+def test_processes_other_than_the_flags_say_are_refused(
+    refused, monkeypatch, case
+):
     environment, words = case
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -248,7 +255,8 @@ def test_any_logdir_keeps_what_lay_there_all_of_it(run, tmp_path, logdir):
     os.chdir(tmp_path / "work")
     theirs = pathlib.Path(logdir, "imdb")
     spoil(
-        {"version_0/results.json": "{}", "thesis.txt": "", ".git/HEAD": "a"}, theirs
+        {"version_0/results.json": "{}", "thesis.txt": "", ".git/HEAD": "a"},
+        theirs,
     )
     earlier = snapshot(theirs)
     assert results(run(logdir=logdir, epochs=1))
@@ -261,7 +269,11 @@ def test_any_logdir_keeps_what_lay_there_all_of_it(run, tmp_path, logdir):
 
 def test_debug_removes_its_own_earlier_run_alone(run):
     spoil(
-        {"logs/debug/version_0/old": "", "logs/debug/mine": "", "logs/imdb": "mine"}
+        {
+            "logs/debug/version_0/old": "",
+            "logs/debug/mine": "",
+            "logs/imdb": "mine",
+        }
     )
     assert results(run(debug=True))
     left = {str(path) for path in pathlib.Path().glob("logs*/*")}
@@ -333,7 +345,14 @@ def spoil_one(weights: dict) -> dict:
 
 def as_words(size: int) -> Callable[[bytes], str]:
     """Returns what makes a tokenizer know this many numbers."""
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(size))]
+    pieces = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *map(str, range(size)),
+    ]
     tokenizer = transformers.BertTokenizer({p: i for i, p in enumerate(pieces)})
     return lambda whole: tokenizer.backend_tokenizer.to_str()
 
@@ -415,7 +434,9 @@ def test_code_that_a_model_names_is_never_run(run, place):
     )
     maps = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
     tokenizer = edit(auto_map=maps, tokenizer_class="Evil")
-    modules = dict.fromkeys(["evil.py", "modeling_bert.py", "__init__.py"], MALICE)
+    modules = dict.fromkeys(
+        ["evil.py", "modeling_bert.py", "__init__.py"], MALICE
+    )
     files = {"config.json": config, "tokenizer_config.json": tokenizer}
     spoil(modules | files, place / "model")
     before = snapshot(place / "model")
@@ -632,7 +653,10 @@ def test_a_file_replaced_under_its_time_and_size_is_read_anew():
         spoil(dict.fromkeys(names, content))
         for name in names:
             os.utime(name, (10**9, 10**9))
-        read = [*main.load_splits("data").values(), main.read_texts("data/new.csv")]
+        read = [
+            *main.load_splits("data").values(),
+            main.read_texts("data/new.csv"),
+        ]
         assert [reviews["text"][0] for reviews in read] == [
             f"a boring {word} 0"
         ] * 3
@@ -653,7 +677,9 @@ def test_odd_reviews_are_kept(run, tmp_path, kind):
     odd = [
         text for text in ODD if kind != "csv" or text
     ]  # there "" is a missing text
-    texts = [text for text, _ in ROWS] + odd + ["x" * 10**5, "a fine film " * 10**4]
+    texts = (
+        [text for text, _ in ROWS] + odd + ["x" * 10**5, "a fine film " * 10**4]
+    )
     columns = {"text": texts, "label": [n % 2 for n in range(len(texts))]}
     dataset = write_reviews(tmp_path / "data", kind, columns, columns)
     assert main.load_splits(dataset)["test"]["text"][:] == texts
@@ -679,18 +705,24 @@ def test_a_run_tells_leaks_baseline_and_blanks(run, tmp_path, capsys):
     found = results(run(dataset=dataset, percent=100))
     assert found["samples"]["test"] == {"neg": 10, "pos": 3}
     assert found["leaks"] == 3
-    assert found["baseline"] == {"label": "neg", "test_acc": pytest.approx(10 / 13)}
+    assert found["baseline"] == {
+        "label": "neg",
+        "test_acc": pytest.approx(10 / 13),
+    }
     data, _, end = capsys.readouterr().out.partition("Training")
     blanks = "labels that differ by blanks alone are one class"
     assert data.count(blanks) == 1 and blanks not in end
-    assert " 3 of test stand in train word for word" in data
-    assert " 3 of them stand in train word for word" in end
+    assert " 3 of test are in train or val, word for word" in data
+    assert " 3 of them are in train or val, word for word" in end
     assert "always neg: 76.92%" in end
 
 
 def test_many_classes_print_little(run, tmp_path, capsys):
     labels = [f"class {n:02}" for n in range(main.SHOWN + 1)] * 10
-    columns = {"text": [f"a film {n}" for n in range(len(labels))], "label": labels}
+    columns = {
+        "text": [f"a film {n}" for n in range(len(labels))],
+        "label": labels,
+    }
     dataset = write_reviews(tmp_path / "data", "jsonl", columns, columns)
     found = results(run(dataset=dataset, percent=100))
     assert found["confusion"] is None and len(found["samples"]["test"]) == 21
@@ -719,7 +751,9 @@ def test_class_names_lead_nowhere_and_fit_an_ascii_terminal(
         and rb"\U0001f3ac" in said
         and rb"\U0001f3ac" in predicted
     )
-    new = {name for name in snapshot().keys() - before.keys() if name[:4] != "logs"}
+    new = {
+        name for name in snapshot().keys() - before.keys() if name[:4] != "logs"
+    }
     assert new == set()
 
 
@@ -752,7 +786,9 @@ RESUME = {
 @each(RESUME)
 def test_another_or_broken_run_is_not_resumed(refused, case):
     spoil({RESULTS: None})
-    refused(Case(["--resume: ", *case.words], case.files, case.flags), resume=True)
+    refused(
+        Case(["--resume: ", *case.words], case.files, case.flags), resume=True
+    )
 
 
 def test_a_finished_run_is_not_resumed(refused):
@@ -797,13 +833,15 @@ def spoil_loss(
 def test_a_loss_that_is_no_number_names_the_step(run, monkeypatch, every, line):
     monkeypatch.setattr(main, "LOG_EVERY", every)
     spoil_loss(monkeypatch, lambda call: float("inf") if call == 3 else 1.0)
-    with pytest.raises(SystemExit, match=f"the loss is {line}: .*--lr"):
+    with pytest.raises(SystemExit, match=f"loss {line}: .*--lr"):
         run()
 
 
 def test_a_full_gpu_names_the_flags_that_help(run, monkeypatch):
     def full(call: int) -> float:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2 GiB."
+        )
 
     spoil_loss(monkeypatch, full)
     with pytest.raises(SystemExit, match=r"memory.*--batch_size.*--seq_length"):
@@ -822,7 +860,9 @@ def test_a_full_disk_is_told_in_one_line(run, monkeypatch, whole, name):
             save(value, file if next(saves) < whole else full)
 
     monkeypatch.setattr(torch, "save", to_full_disk)
-    with pytest.raises(SystemExit, match=f"cannot save .*{name}.ckpt.* disk full"):
+    with pytest.raises(
+        SystemExit, match=f"cannot save .*{name}.ckpt.* disk full"
+    ):
         run()
     assert [path.name for path in pathlib.Path("logs").iterdir()] == [
         "imdb"
@@ -907,7 +947,9 @@ def test_prediction_prints_its_csv_and_nothing_else(run, place, capfd):
         label, neg, pos = row.split(",")
         assert label == ("neg" if float(neg) > float(pos) else "pos")
         assert float(neg) + float(pos) == pytest.approx(1, abs=2e-6)
-    assert rows[0] == rows[1] == rows[2] != rows[3]  # special tokens are plain text
+    assert (
+        rows[0] == rows[1] == rows[2] != rows[3]
+    )  # special tokens are plain text
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,9 @@ def whole(arguments, tmp_path_factory):
 @pytest.mark.parametrize(
     "point", POINTS, ids=lambda p: f"{p[0]}-{p[1]}-{p[2].name}"
 )
-def test_resumed_run_equals_the_undisturbed_one(point, arguments, whole, tmp_path):
+def test_resumed_run_equals_the_undisturbed_one(
+    point, arguments, whole, tmp_path
+):
     where, nth, signum, save_every = point
     process = torture.start(tmp_path, arguments, save_every, (where, nth, signum))
     process.join()
@@ -113,7 +115,9 @@ def test_curves_of_a_run_that_lost_steps_do_not_double_back(
 
     torture.start(tmp_path, arguments, 600.0, stopped_at(5)).join()
     run = tmp_path / "logs" / "imdb" / "version_0"
-    early = shutil.copy(run / "checkpoints" / "last.ckpt", tmp_path / "early.ckpt")
+    early = shutil.copy(
+        run / "checkpoints" / "last.ckpt", tmp_path / "early.ckpt"
+    )
     resume = [*arguments, "--resume"]
     torture.start(tmp_path, resume, 600.0, stopped_at(24)).join()  # logs 9, 19
     shutil.copy(early, run / "checkpoints" / "last.ckpt")
@@ -126,7 +130,9 @@ def test_curves_of_a_run_that_lost_steps_do_not_double_back(
 def test_a_run_is_not_resumed_on_other_reviews(arguments, reviews, tmp_path):
     data = shutil.copytree(reviews, tmp_path / "data")
     own = [f"--dataset={data}", *arguments[1:]]
-    torture.start(tmp_path, own, 600.0, (f"{MODULE}.training_step", 5, INT)).join()
+    torture.start(
+        tmp_path, own, 600.0, (f"{MODULE}.training_step", 5, INT)
+    ).join()
     shutil.copy(data / "test.parquet", data / "train.parquet")
     assert torture.finish(tmp_path, own) == 1
     said = (tmp_path / "output.txt").read_text()

@@ -78,9 +78,7 @@ def test_a_run_leaves_exactly_its_files(trained):
 
 def test_results_hold_metrics_sizes_flags_and_versions(trained, bert, reviews):
     results, seed = read_results(trained), SETTINGS["seed"]
-    parts = (
-        "metrics baseline leaks best_epoch confusion samples seconds flags versions"
-    )
+    parts = "metrics baseline leaks best_epoch confusion samples seconds flags versions"
     assert results.keys() == {*parts.split()}
     names = [f"{part}_{kind}" for part in ("val", "test") for kind in METRICS]
     assert results["metrics"].keys() == {*names, "test_acc_interval"}
@@ -242,7 +240,9 @@ def test_the_exported_model_has_the_accuracy_that_results_say(
 ):
     default = SETTINGS["truncation"] == truncation
     folder = trained if default else run(truncation=truncation)
-    test = main.load_samples(reviews, SETTINGS["percent"], SETTINGS["seed"])["test"]
+    test = main.load_samples(reviews, SETTINGS["percent"], SETTINGS["seed"])[
+        "test"
+    ]
     names = test.features["label"].names
     labels = [
         names.index(name) for name in label(folder / "model", test["text"][:])
@@ -380,7 +380,9 @@ def test_earlier_logs_are_moved_and_not_lost(run, tmp_path):
     folder = run(epochs=1)
     assert read_results(folder)["flags"]["epochs"] == 1
     assert files(folder).keys() == RUN_FILES | {"events.out.tfevents"}
-    assert files(tmp_path / "logs.old" / stamp) == {"results.json": b"the other's"}
+    assert files(tmp_path / "logs.old" / stamp) == {
+        "results.json": b"the other's"
+    }
     others = {path.name for path in (tmp_path / "logs.old").iterdir()} - {stamp}
     (name,) = others
     assert name.startswith(time.strftime("%Y-%m-%d_"))
@@ -388,7 +390,9 @@ def test_earlier_logs_are_moved_and_not_lost(run, tmp_path):
     assert (tmp_path / "logs" / "mine.txt").read_text() == "no run's"
 
 
-def test_a_tilde_is_the_home_for_all_that_a_run_leaves(run, tmp_path, monkeypatch):
+def test_a_tilde_is_the_home_for_all_that_a_run_leaves(
+    run, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     run(logdir="~/logs", debug=True)
@@ -460,7 +464,9 @@ def test_the_command_tells_the_data_each_epoch_and_the_result(
     samples = main.load_samples(reviews, SETTINGS["percent"], SETTINGS["seed"])
     texts = [text for sample in samples.values() for text in sample["text"]]
     lengths = [len(piece_ids(tokenizer, text, 999, "head")) for text in texts]
-    cut = sum(length > SETTINGS["seq_length"] for length in lengths) / len(lengths)
+    cut = sum(length > SETTINGS["seq_length"] for length in lengths) / len(
+        lengths
+    )
     assert 0.1 < cut < 0.9
     line = f"{cut:.0%} have over 40 word-pieces: head\n"
     assert line in done.stdout
@@ -550,7 +556,9 @@ def test_predict_names_many_classes_in_the_order_of_their_numbers(
 def test_the_demo_shows_a_run_that_learns(tmp_path, monkeypatch, capsys):
     logs = tmp_path / "other" / "logs"
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--epochs=2", f"--logdir={logs}"])
+    monkeypatch.setattr(
+        sys, "argv", ["demo.py", "--epochs=2", f"--logdir={logs}"]
+    )
     with flagsaver.flagsaver(), pytest.raises(SystemExit) as done:
         demo.demo()
     assert not done.value.code

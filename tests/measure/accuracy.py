@@ -36,7 +36,11 @@ T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36)  # Student's, of 2 to 8 seeds
 def label_by_main(arguments: list[str], reviews: pathlib.Path) -> pandas.Series:
     """Trains with the arguments; returns the label of each review."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "main.py"), f"--logdir={folder}/logs"]
+        command = [
+            sys.executable,
+            str(ROOT / "main.py"),
+            f"--logdir={folder}/logs",
+        ]
         subprocess.run(
             [*command, *arguments], check=True, stdout=subprocess.DEVNULL
         )
@@ -46,7 +50,9 @@ def label_by_main(arguments: list[str], reviews: pathlib.Path) -> pandas.Series:
         return pandas.read_csv(f"{folder}/labels.csv", dtype=str)["label"]
 
 
-def label_by_tfidf(seed: int, percent: int, texts: pandas.Series) -> pandas.Series:
+def label_by_tfidf(
+    seed: int, percent: int, texts: pandas.Series
+) -> pandas.Series:
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
@@ -86,7 +92,9 @@ def compare(first: pandas.DataFrame, other: pandas.DataFrame) -> str:
     difference = 100 * (other - first)
     by_review = difference.mean(axis=1)
     seeds = difference.mean()
-    line = f"{seeds.mean():+.2f} points, over reviews ±{1.96 * by_review.sem():.2f}"
+    line = (
+        f"{seeds.mean():+.2f} points, over reviews ±{1.96 * by_review.sem():.2f}"
+    )
     if 1 < len(seeds) <= len(T) + 1:
         line += f", over seeds ±{T[len(seeds) - 2] * seeds.sem():.2f}"
     return line
@@ -109,7 +117,8 @@ def main(argv: list[str]) -> None:
                 right = are_right(setting, seed, reviews)
                 tables[setting][seed] = right
                 print(
-                    f"seed {seed} {setting}: {100 * right.mean():.2f} %", flush=True
+                    f"seed {seed} {setting}: {100 * right.mean():.2f} %",
+                    flush=True,
                 )
     for setting, table in tables.items():
         each = 100 * table.mean()

@@ -88,7 +88,9 @@ flags.DEFINE_list("contestants", NAMES, "Who takes part, in this order.")
 flags.register_validator(
     "contestants", {*NAMES}.issuperset, f"must be some of {NAMES}"
 )
-flags.DEFINE_enum("contestant", None, NAMES, "Internal: who runs in this process.")
+flags.DEFINE_enum(
+    "contestant", None, NAMES, "Internal: who runs in this process."
+)
 flags.DEFINE_string("samples", None, "Internal: folder of the tokenised reviews.")
 flags.DEFINE_float(
     "started", None, "Internal: when this process was started, in s."
@@ -206,7 +208,11 @@ def ours(samples: Samples, training: Meter, testing: Meter) -> float:
 
 
 def hugging_face(
-    collate: Callable, samples: Samples, training: Meter, testing: Meter, **own: Any
+    collate: Callable,
+    samples: Samples,
+    training: Meter,
+    testing: Meter,
+    **own: Any,
 ) -> float:
     """Trains, saves and tests by Hugging Face's Trainer."""
 
@@ -252,7 +258,9 @@ def trainer_example(samples: Samples, *meters: Meter) -> float:
 
 def trainer_best(samples: Samples, *meters: Meter) -> float:
     tokenizer, size = load_tokenizer(), FLAGS.batch_size
-    collate = transformers.DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
+    collate = transformers.DataCollatorWithPadding(
+        tokenizer, pad_to_multiple_of=8
+    )
     grouping = {"train_sampling_strategy": "group_by_length"}
     if not hasattr(transformers.TrainingArguments, *grouping):
         grouping = {"group_by_length": True}  # its name in transformers 4
@@ -302,7 +310,10 @@ def bare(samples: Samples, training: Meter, testing: Meter) -> float:
     settings = {k: v for k, v in settings.items() if k not in main.RUN_FLAGS}
     module = main.make_module(settings, samples["train"].features["label"].names)
     # What the module asks of a Trainer.
-    plan = {"precision": precision(), "estimated_stepping_batches": steps(samples)}
+    plan = {
+        "precision": precision(),
+        "estimated_stepping_batches": steps(samples),
+    }
     module.trainer = types.SimpleNamespace(global_rank=0, world_size=1, **plan)
     module.to(DEVICE)
     [optimizer], [schedule] = module.configure_optimizers()
@@ -332,9 +343,13 @@ def peak_memory() -> float:
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     status = pathlib.Path("/proc/self/status")
-    if status.exists():  # on Linux, where getrusage starts from the parent's figure
+    if (
+        status.exists()
+    ):  # on Linux, where getrusage starts from the parent's figure
         return (
-            int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) * 1024 / 1e6
+            int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
+            * 1024
+            / 1e6
         )
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
@@ -385,10 +400,21 @@ def prepare(folder: str) -> torch.Tensor:
 def run(name: str, samples: str, seed: int) -> Figures:
     """Runs a contestant in a process of its own and returns its figures."""
     with tempfile.TemporaryDirectory() as logdir:
-        command = [sys.executable, __file__, *sys.argv[1:], f"--contestant={name}"]
-        command += [f"--samples={samples}", f"--logdir={logdir}", f"--seed={seed}"]
+        command = [
+            sys.executable,
+            __file__,
+            *sys.argv[1:],
+            f"--contestant={name}",
+        ]
+        command += [
+            f"--samples={samples}",
+            f"--logdir={logdir}",
+            f"--seed={seed}",
+        ]
         command += [f"--started={time.time()}"]
-        env = {"CUDA_VISIBLE_DEVICES": "0"} | os.environ  # a Trainer would take all
+        env = {
+            "CUDA_VISIBLE_DEVICES": "0"
+        } | os.environ  # a Trainer would take all
         done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
         sys.exit(
@@ -410,7 +436,9 @@ def bf16_share(lengths: torch.Tensor) -> float:
         rate = 2 * 8192**3 * repeats / (clock() - start)
     config = transformers.BertConfig.from_pretrained(FLAGS.model)
     width, inner = config.hidden_size, config.intermediate_size
-    seen = (lengths.square().sum() / lengths.sum()).item()  # by the mean word-piece
+    seen = (
+        lengths.square().sum() / lengths.sum()
+    ).item()  # by the mean word-piece
     # Forward and backward, 6 for a weight; 12 to attend to one word-piece.
     weights = width * (4 * width + 2 * inner)
     return config.num_hidden_layers * (6 * weights + 12 * width * seen) / rate
@@ -423,7 +451,11 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 def tables(rounds: list[dict[str, Figures]]) -> str:
     """Returns the medians over rounds, and the ratios of ours to the others."""
-    medians, ratios, others = [], [], [name for name in rounds[0] if name != "ours"]
+    medians, ratios, others = (
+        [],
+        [],
+        [name for name in rounds[0] if name != "ours"],
+    )
     for title, form in FIGURES.items():
         if all(title in figures for figures in rounds[0].values()):
             each = [[r[name][title] for r in rounds] for name in rounds[0]]
@@ -437,7 +469,9 @@ def tables(rounds: list[dict[str, Figures]]) -> str:
             )
             for name in others:
                 pairs = [(r["ours"][title], r[name][title]) for r in rounds]
-                each = sorted(100 * (a - b) if points else a / b for a, b in pairs)
+                each = sorted(
+                    100 * (a - b) if points else a / b for a, b in pairs
+                )
                 spread = f"({each[0]:.2f}..{each[-1]:.2f})"
                 ratios[-1].append(f"{statistics.median(each):.2f} {spread}")
     parts = [table(["", *rounds[0]], medians), table(["ours /", *others], ratios)]
@@ -471,7 +505,9 @@ def benchmark(argv: list[str]) -> None:
     )
     print(where, precision(), *versions, sep=", ")
     size = f"{len(lengths):,} reviews of up to {FLAGS.seq_length} word-pieces"
-    print(f"{size}, epochs {FLAGS.epochs}, rounds {FLAGS.rounds}, {FLAGS.model}\n")
+    print(
+        f"{size}, epochs {FLAGS.epochs}, rounds {FLAGS.rounds}, {FLAGS.model}\n"
+    )
     print(tables(rounds))
 
 

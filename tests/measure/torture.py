@@ -177,7 +177,9 @@ def main(argv: list[str]) -> None:
                 f"{number}: {'equal' if same else 'DIFFERENT'} after {done}",
                 flush=True,
             )
-    print(f"{equal} of {flags.FLAGS.trials} resumed runs equal the undisturbed one")
+    print(
+        f"{equal} of {flags.FLAGS.trials} resumed runs equal the undisturbed one"
+    )
     sys.exit(equal < flags.FLAGS.trials)
 
 
