@@ -160,7 +160,7 @@ def refusing(prefix: str, *errors: type[Exception]) -> Iterator[None]:
 def say(head: str, text: str) -> None:
     """Prints a line, above the bars if there are any."""
     try:
-        tqdm.tqdm.write(f"{head:10}{text}", file=sys.stdout)
+        tqdm.tqdm.write(f"{head:10}{text}".rstrip(), file=sys.stdout)
         sys.stdout.flush()
     except BrokenPipeError:  # of `| head`: the run goes on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

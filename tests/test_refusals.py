@@ -216,10 +216,10 @@ def test_flags_that_do_not_fit_are_refused(refused, case):
 
 
 ENVIRONMENT = {
-    "fewer": ({"WORLD_SIZE": "2"}, ["WORLD_SIZE is 2", "--num_nodes is 1"]),
+    "fewer": ({"WORLD_SIZE": "2"}, ["WORLD_SIZE is 2", "--num_nodes 1"]),
     "no number": (
         {"WORLD_SIZE": "abc"},
-        ["WORLD_SIZE", "abc", "--num_nodes is 1"],
+        ["WORLD_SIZE", "abc", "--num_nodes 1"],
     ),
     "a rank alone": ({"RANK": "1"}, ["RANK", "WORLD_SIZE"]),
     "the first rank alone": ({"RANK": "0"}, ["RANK", "WORLD_SIZE"]),
