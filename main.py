@@ -991,8 +991,8 @@ class Terminal(pl.callbacks.Callback):
         batch = hp.batch_size * processes
         say("Training", f"{epochs} epochs of {steps:,} steps of {batch} reviews")
         curves = {
-            "loss": ["Multiline", ["train_loss", "val_loss"]],
-            "accuracy": ["Multiline", ["train_acc", "val_acc"]],
+            "loss": ["Multiline", ["train_loss$", "val_loss"]],
+            "accuracy": ["Multiline", ["train_acc$", "val_acc"]],
         }
         trainer.logger.experiment.add_custom_scalars({"Learning curves": curves})
         self.begin()
@@ -1100,6 +1100,7 @@ def say_results(results: dict, folder: Path) -> None:
         say("", f"{name} taken for: {commas(dict(zip(test, row, strict=True)))}")
     say("Model", f"{folder}/model")
     say("Look", f"tensorboard --logdir {folder.parents[1]}")
+    say("", "http://localhost:6006/#custom_scalars shows the learning curves")
     say("Use", f"python main.py --model={folder}/model --predict=FILE")
 
 

@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ import yaml
 from absl.testing import flagsaver
 from conftest import SETTINGS, call, piece_ids, write_reviews
 from tensorboard.backend.event_processing import event_accumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.util import tensor_util
 
 import main
@@ -126,6 +128,19 @@ def test_tensorboard_shows_the_whole_run(trained):
     losses = {f"{part}_{kind}" for part in ("val", "test") for kind in METRICS}
     assert shown >= {"train_loss", "train_acc", "lr", "speed", *losses}
     assert not [name for name in shown if "hp_metric" in name]
+    (event,) = log.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    charts = layout.category[0].chart
+    drawn = [
+        [
+            tag
+            for tag in sorted(shown)
+            for regex in chart.multiline.tag
+            if re.match(regex, tag)
+        ]
+        for chart in charts
+    ]
+    assert drawn == [["train_loss", "val_loss"], ["train_acc", "val_acc"]]
     steps = [event.step for event in log.Scalars("train_loss")]
     assert steps == [event.step for event in log.Scalars("lr")] == [9, 19, 29, 39]
     rates = [event.value for event in log.Scalars("lr")]
@@ -302,6 +317,28 @@ def test_the_best_epoch_is_tested_and_exported_not_the_last(run, monkeypatch):
     last = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
     name = "classifier.weight"
     assert not last["state_dict"][f"bert.{name}"].equal(first[name])
+
+
+def test_a_resumed_run_remembers_its_best_epoch(run, monkeypatch):
+    validate, train = Module.validation_step, Module.training_step
+
+    def worse_and_worse(module: Module, batch: dict, batch_idx: int) -> None:
+        predicted = module(batch["input_ids"]).argmax(-1)
+        labels = predicted if module.current_epoch == 0 else 1 - predicted
+        validate(module, batch | {"labels": labels}, batch_idx)
+
+    def interrupted(module: Module, batch: dict, batch_idx: int) -> torch.Tensor:
+        if (module.current_epoch, batch_idx) == (1, 3):
+            signal.raise_signal(signal.SIGINT)
+        return train(module, batch, batch_idx)
+
+    monkeypatch.setattr(Module, "validation_step", worse_and_worse)
+    monkeypatch.setattr(Module, "training_step", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        run()
+    monkeypatch.setattr(Module, "training_step", train)
+    results = read_results(run(resume=True))
+    assert (results["best_epoch"], results["metrics"]["val_acc"]) == (0, 1)
 
 
 def test_of_equal_epochs_the_later_is_kept(run, monkeypatch):
