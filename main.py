@@ -14,6 +14,8 @@ in a sample, B in a batch, each of T word-pieces; H the model's width; C classes
 [2] Sun et al. 2019, How to Fine-Tune BERT: https://arxiv.org/abs/1905.05583
 [3] Loshchilov and Hutter 2019, AdamW: https://arxiv.org/abs/1711.05101
 [4] Wilson 1927, the score interval: https://doi.org/10.2307/2276774
+[5] Breiman et al. 1984, Classification and Regression Trees: the rule of one
+    standard error, section 3.4.3
 """
 
 import contextlib
@@ -96,7 +98,7 @@ flags.DEFINE_string("model", "google-bert/bert-base-uncased",
     "Hub name or folder of a BERT; to predict, folder of a trained one.")
 # Optimisation
 flags.DEFINE_integer("epochs", 3,
-    "Passes over train; the best by validation is tested and kept.", 1)
+    "Passes over train; the one that validation chooses is tested.", 1)
 flags.DEFINE_integer("batch_size", 16,
     "Reviews a step on each device; halve it when memory runs out.", 1)
 flags.DEFINE_enum("optimizer", "adamw", ["adamw", "sgd"],
@@ -563,7 +565,8 @@ class IMDBSentimentClassifier(pl.LightningModule):
         self.pad = tokenizer.pad_token_id
         self.bert = bert
         self.samples = None
-        # Of the epoch so far; saved for a resumed epoch.
+        # Of the epoch so far; saved for a resumed epoch. They ignore a weight, as
+        # nan_strategy, which would make the CPU wait, is off: so each review counts.
         self.mean_loss = torchmetrics.MeanMetric(nan_strategy="disable")
         self.mean_acc = torchmetrics.MeanMetric(nan_strategy="disable")
         self.mean_loss.persistent(True)
@@ -652,10 +655,11 @@ class IMDBSentimentClassifier(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         logits = self(batch["input_ids"])
-        loss = F.cross_entropy(logits, batch["labels"])
-        acc = logits.argmax(-1).eq(batch["labels"]).float().mean()
-        self.mean_loss.update(loss.detach(), len(logits))
-        self.mean_acc.update(acc, len(logits))
+        losses = F.cross_entropy(logits, batch["labels"], reduction="none")  # [B]
+        right = logits.argmax(-1).eq(batch["labels"]).float()  # [B]
+        loss = losses.mean()
+        self.mean_loss.update(losses.detach())
+        self.mean_acc.update(right)
         self.pieces += batch["input_ids"].ne(self.pad).sum()
         # To read a number, the CPU waits for the GPU: at few steps.
         step = self.global_step
@@ -666,7 +670,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
             seconds = time.perf_counter() - self.clock
             figures = {
                 "train_loss": loss,
-                "train_acc": acc,
+                "train_acc": right.mean(),
                 "speed": self.pieces / seconds * self.trainer.world_size,
                 "lr": self.optimizers().param_groups[0]["lr"],
                 "step": float(step),  # else Lightning draws `epoch`
@@ -809,7 +813,7 @@ def on_signals(handler: Callable) -> None:
 
 
 class Checkpoints(pl.callbacks.Checkpoint):
-    """Writes `best.ckpt`, and what a run goes on from, `last.ckpt`.
+    """Writes `best.ckpt`, which is tested, and `last.ckpt`, to go on from.
 
     The latter every ten minutes, after each validation, and on a signal, which
     ends the run once the step, or the validation, is done and saved.
@@ -845,10 +849,14 @@ class Checkpoints(pl.callbacks.Checkpoint):
         if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             self.save(trainer, time.monotonic() - self.saved > SAVE_EVERY)
 
-    def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, module: Any) -> None:
         acc = trainer.callback_metrics["val_acc"].item()
-        if acc >= self.best_acc:  # of equals the later, as rates fall
-            self.best_acc = acc
+        self.best_acc = max(self.best_acc, acc)
+        # As rates fall, a later epoch is the better, unless it is worse than the
+        # best by a standard error [5].
+        variance = self.best_acc * (1 - self.best_acc)
+        error = math.sqrt(variance / len(module.samples["val"]))
+        if acc >= self.best_acc - error:
             trainer.save_checkpoint(self.best, weights_only=True)
         self.save(trainer, True)
 
@@ -1092,7 +1100,7 @@ def say_results(results: dict, folder: Path) -> None:
     say("Test", f"accuracy {scores['test_acc']:.2%} of {size:,} reviews")
     say("", f"95 % interval {low:.2%} to {high:.2%}")
     epoch = results["best_epoch"]
-    say("", f"scored once, on epoch {epoch}, the best by validation")
+    say("", f"scored once, on epoch {epoch}, chosen by validation")
     baseline = results["baseline"]
     say("", f"always {baseline['label']}: {baseline['test_acc']:.2%}")
     say("", f"{results['leaks']:,} of them are in train or val, word for word")

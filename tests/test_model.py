@@ -491,8 +491,13 @@ def test_the_loss_is_a_mean_and_the_accuracy_a_share_of_reviews(
     loss = module.training_step(batch, 0).item()
     mean = sum(math.log(1 + math.exp(-margin)) for margin in margins) / 4
     assert loss == pytest.approx(mean)
-    assert module.mean_loss.compute().item() == pytest.approx(mean)
-    assert module.mean_acc.compute().item() == 0.75
+    # A second batch of two: the epoch's figures are means over all six reviews.
+    pair = {"input_ids": draw_ids(module, 2, 9), "labels": 1 - labels[:2]}
+    monkeypatch.setattr(Module, "forward", lambda *_: logits[:2])
+    second = module.training_step(pair, 1).item()
+    epoch = (4 * mean + 2 * second) / 6
+    assert module.mean_loss.compute().item() == pytest.approx(epoch)
+    assert module.mean_acc.compute().item() == pytest.approx(3 / 6)
 
 
 def test_speed_counts_the_word_pieces_of_all_processes_without_padding(

@@ -823,7 +823,10 @@ def spoil_loss(
 ) -> None:
     calls = itertools.count(1)
     cross_entropy = main.F.cross_entropy
-    spoilt = lambda *args: cross_entropy(*args) * spoil(next(calls))  # noqa: E731
+
+    def spoilt(*args: Any, **options: Any) -> torch.Tensor:
+        return cross_entropy(*args, **options) * spoil(next(calls))
+
     monkeypatch.setattr(main.F, "cross_entropy", spoilt)
 
 

@@ -13,6 +13,7 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from unittest import mock
 
 import datasets
 import demo
@@ -339,6 +340,23 @@ def test_a_resumed_run_remembers_its_best_epoch(run, monkeypatch):
     monkeypatch.setattr(Module, "training_step", train)
     results = read_results(run(resume=True))
     assert (results["best_epoch"], results["metrics"]["val_acc"]) == (0, 1)
+
+
+@pytest.mark.parametrize("later, kept", [(0.86, True), (0.84, False)])
+def test_a_later_epoch_is_kept_unless_worse_by_a_standard_error(
+    tmp_path, later, kept
+):
+    """Of 40 reviews, 90 % of them right, that is 4.7 points."""
+    module = types.SimpleNamespace(samples={"val": range(40)})
+    checkpoints = main.Checkpoints(tmp_path)
+    trainer = mock.Mock()
+    trainer.strategy.reduce_boolean_decision.return_value = False
+    for acc in (0.9, later):
+        trainer.save_checkpoint.reset_mock()
+        trainer.callback_metrics = {"val_acc": torch.tensor(acc)}
+        checkpoints.on_validation_end(trainer, module)
+    best = mock.call(tmp_path / "best.ckpt", weights_only=True)
+    assert (best in trainer.save_checkpoint.mock_calls) == kept
 
 
 def test_of_equal_epochs_the_later_is_kept(run, monkeypatch):
