@@ -487,7 +487,7 @@ class ClsLayer(modeling_bert.BertLayer):
 
     def forward(self, hidden: Tensor, mask: Any, *_: Any, **__: Any) -> Tensor:
         cls = hidden[:, :1]  # [B, 1, H] of [B, T, H]
-        # Queries of [CLS], keys and values of all, by the same weights.
+        # Attends from [CLS] to all, by the weights of its self-attention.
         cross_attend = modeling_bert.BertCrossAttention.forward
         context, _ = cross_attend(self.attention.self, cls, hidden, mask)
         return self.feed_forward_chunk(self.attention.output(context, cls))
@@ -646,7 +646,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
         self.pieces = 0
         self.clock = time.perf_counter()
 
-    on_train_epoch_start = on_train_start  # not in a resumed epoch
+    on_train_epoch_start = on_train_start  # Lightning skips it in a resumed epoch
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Dropout follows from (seed, step): a resumed run draws the same.
@@ -673,7 +673,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
                 "train_acc": right.mean(),
                 "speed": self.pieces / seconds * self.trainer.world_size,
                 "lr": self.optimizers().param_groups[0]["lr"],
-                "step": float(step),  # else Lightning draws `epoch`
+                "step": float(step),  # the x-axis; else Lightning draws `epoch`
             }
             self.log_dict(figures)
         return loss
@@ -772,7 +772,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
         self.bert.save_pretrained(folder)
         # As a BertTokenizer it would no longer drop `<br />`.
         self.tokenizer.__class__ = transformers.PreTrainedTokenizerFast
-        self.tokenizer.init_kwargs["truncation_side"] = None  # to save it
+        self.tokenizer.init_kwargs["truncation_side"] = None  # or it is not saved
         self.tokenizer.model_max_length = cut["seq_length"]
         side = "left" if cut["truncation"] == "tail" else "right"
         self.tokenizer.truncation_side = side
@@ -1010,7 +1010,7 @@ class Terminal(pl.callbacks.Callback):
         self.said = 0.0  # seconds after that
         self.steps = 0
 
-    on_train_epoch_start = begin  # not in a resumed epoch
+    on_train_epoch_start = begin  # Lightning skips it in a resumed epoch
     on_test_start = begin
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
@@ -1081,6 +1081,7 @@ def summarise(
         },
         "leaks": module.leaks,
         "best_epoch": best["epoch"],
+        "tested": len(labels),  # reviews; with --debug fewer than the sample
         "confusion": confusion.tolist() if len(confusion) <= SHOWN else None,
         "samples": {k: count_classes(v) for k, v in module.samples.items()},
         "seconds": seconds,
@@ -1096,8 +1097,8 @@ def say_results(results: dict, folder: Path) -> None:
     test = results["samples"]["test"]
     low, high = scores["test_acc_interval"]
     say("", "")
-    size = sum(test.values())
-    say("Test", f"accuracy {scores['test_acc']:.2%} of {size:,} reviews")
+    accuracy = f"accuracy {scores['test_acc']:.2%}"
+    say("Test", f"{accuracy} of {results['tested']:,} reviews")
     say("", f"95 % interval {low:.2%} to {high:.2%}")
     epoch = results["best_epoch"]
     say("", f"scored once, on epoch {epoch}, chosen by validation")

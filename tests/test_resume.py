@@ -4,6 +4,7 @@ import errno
 import shutil
 import signal
 
+import datasets
 import pytest
 import torch
 import torture
@@ -133,7 +134,10 @@ def test_a_run_is_not_resumed_on_other_reviews(arguments, reviews, tmp_path):
     torture.start(
         tmp_path, own, 600.0, (f"{MODULE}.training_step", 5, INT)
     ).join()
-    shutil.copy(data / "test.parquet", data / "train.parquet")
+    train = datasets.Dataset.from_parquet(str(data / "train.parquet"))
+    shorter = [text[1:] for text in train["text"]]  # labels as they were
+    other = train.remove_columns("text").add_column("text", shorter)
+    other.to_parquet(data / "train.parquet")
     assert torture.finish(tmp_path, own) == 1
     said = (tmp_path / "output.txt").read_text()
     assert said.rstrip().endswith("not the reviews of this run")
