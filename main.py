@@ -183,15 +183,19 @@ def check_name(flag: str, name: str) -> None:
 
 def read_file(flag: str, path: Path) -> Reviews:
     """Reads one file; cached by its content, as it may change in its place."""
+    kind = KINDS.get(path.suffix.lower(), "text")
+    # Else pandas takes the first cell of rows longer than the header for an index.
+    options = {"index_col": False} if kind == "csv" else {}
     with refusing(f"{flag}: expected reviews in {path}", *UNREADABLE):
         content = hashlib.sha256(path.read_bytes()).hexdigest()
         return datasets.load_dataset(
-            KINDS.get(path.suffix.lower(), "text"),
+            kind,
             data_files=glob.escape(str(path)),
             split="train",
             cache_dir=os.path.join(
                 datasets.config.HF_DATASETS_CACHE, content[:16]
             ),
+            **options,
         )
 
 
@@ -205,7 +209,7 @@ def check_columns(flag: str, reviews: Reviews, columns: dict) -> Reviews:
         if column not in found or f"{column}.1" in found:
             refuse(f"{flag}: expected one column {column}, found {found}")
         kinds = sorted({type(value).__name__ for value in reviews[column][:]})
-        if not {*kinds} <= expected:
+        if not {*kinds} <= expected or len(kinds) > 1:
             refuse(f"{flag}: expected {column} of {expected}, found {kinds}")
     return reviews.select_columns([*columns])
 
@@ -222,6 +226,8 @@ def match_labels(flag: str, splits: Samples) -> Samples:
             ):  # -1
                 labels = classes.int2str(labels)
         names[part] = [str(label).strip() for label in labels]
+        if "" in names[part]:
+            refuse(f"{flag}: {part}: a label is blank")
         if len({*names[part]}) < len({*labels}):
             say_once("Data", "labels that differ by blanks alone are one class")
     # In the order of train's numbers or words: 9 before 10.
@@ -586,6 +592,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
             known = {*samples["train"]["text"][:], *samples["val"]["text"][:]}
             self.leaks = sum(text in known for text in samples["test"]["text"][:])
             columns = [[s["text"][:], s["label"][:]] for s in samples.values()]
+            columns.append(self.tokenizer.backend_tokenizer.to_str())
             content = json.dumps(columns).encode()
             self.fingerprint = hashlib.sha256(content).hexdigest()
             self.samples = tokenise(samples, self.tokenizer, **self.hparams)
@@ -762,7 +769,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         if checkpoint["fingerprint"] != self.fingerprint:
             refuse(
-                f"--dataset={self.hparams.dataset}: not the reviews of this run"
+                "--resume: other reviews, or another tokenizer, than the run's"
             )
 
     def export(self, folder: Path) -> None:
@@ -809,7 +816,8 @@ def stop(signum: int, *_: Any, how: str = "") -> None:
 
 def on_signals(handler: Callable) -> None:
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, handler)
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(signum, handler)
 
 
 class Checkpoints(pl.callbacks.Checkpoint):
@@ -941,6 +949,8 @@ def check_processes(devices: int, num_nodes: int) -> None:
         why = ", ".join(sorted(ranks)) or f"--num_nodes={num_nodes}"
         refuse(f"{why} without WORLD_SIZE: unset it, or use torchrun or SLURM")
     processes = devices * num_nodes
+    if rank_zero_only.rank >= processes:
+        refuse(f"{sorted(ranks)} say rank {rank_zero_only.rank} of {processes}")
     if started not in (None, str(processes)):
         refuse(f"WORLD_SIZE is {started}, --devices x --num_nodes {processes}")
 
@@ -1263,7 +1273,7 @@ def read_texts(file: str) -> Reviews:
     if file == "-":
         with refusing(f"{flag}: expected reviews by line", ValueError):
             lines = [line.rstrip("\n") for line in sys.stdin]
-        reviews = Reviews.from_dict({"text": lines})
+            reviews = Reviews.from_dict({"text": lines})
     elif path.suffix.lower() in (*KINDS, ".txt", ""):
         reviews = read_file(flag, path)
     else:
@@ -1320,6 +1330,8 @@ def quieten() -> None:
         "isinstance.treespec, LeafSpec",  # Lightning's own
     ):
         warnings.filterwarnings("ignore", f".*{decided}")
+    # A row of a csv that is longer than its header.
+    warnings.filterwarnings("error", category=pandas.errors.ParserWarning)
 
 
 def fastest_precision() -> str:

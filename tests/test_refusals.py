@@ -221,6 +221,7 @@ ENVIRONMENT = {
         {"WORLD_SIZE": "abc"},
         ["WORLD_SIZE", "abc", "--num_nodes 1"],
     ),
+    "a rank too high": ({"RANK": "1", "WORLD_SIZE": "1"}, ["rank 1 of 1"]),
     "a rank alone": ({"RANK": "1"}, ["RANK", "WORLD_SIZE"]),
     "the first rank alone": ({"RANK": "0"}, ["RANK", "WORLD_SIZE"]),
     "a local rank alone": ({"LOCAL_RANK": "1"}, ["LOCAL_RANK", "WORLD_SIZE"]),
@@ -297,6 +298,18 @@ def test_a_link_is_moved_and_not_followed(run, place, link):
     assert snapshot(place / "target") == before
     kept = [p for p in (place / "logs.old").rglob("*") if p.is_symlink()]
     assert [p.readlink() for p in kept] == [target] * (not debug)
+
+
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        main.on_signals(main.stop)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) is main.stop
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # One run at a time.
@@ -551,6 +564,12 @@ DATA = {
         '{"text": "a", "label": [1]}\n{"text": "", "label": [0]}\n' * 20, "jsonl")),
     "texts that are lists": Case(["text", "list"], both(
         '{"text": ["a"], "label": 1}\n{"text": [], "label": 0}\n' * 20, "jsonl")),
+    "labels of words and numbers": Case(["label", "['int', 'str']"], both(
+        JSONL + '{"text": "a film", "label": "bad"}\n', "jsonl")),
+    "a blank label": Case(["a label is blank"], both(
+        JSONL.replace(": 0}", ': " "}').replace(": 1}", ': "good"}'), "jsonl")),
+    "commas without quotes": Case(["data/test.csv", "loss of data"], both(
+        "text,label\n" + "fine, and touching,1\nbad, and stale,0\n" * 20)),
     "labels that are yes or no": Case(["label", "bool"], both(
         JSONL.replace(": 0", ": false").replace(": 1", ": true"), "jsonl")),
     "texts that are numbers": Case(["text", "int"],
@@ -791,6 +810,21 @@ def test_another_or_broken_run_is_not_resumed(refused, case):
     )
 
 
+def test_a_run_is_not_resumed_with_another_tokenizer(place, run, monkeypatch):
+    """As a model folder, or a name on the Hub, may hold another one tomorrow."""
+    load = main.load_tokenizer
+
+    def changed(model: str, config: dict) -> Any:
+        tokenizer = load(model, config)
+        tokenizer.backend_tokenizer.normalizer = None
+        return tokenizer
+
+    spoil({RESULTS: None})
+    monkeypatch.setattr(main, "load_tokenizer", changed)
+    with pytest.raises(SystemExit, match="another tokenizer, than the run's"):
+        run(resume=True)
+
+
 def test_a_finished_run_is_not_resumed(refused):
     refused(Case(["--resume: ", "finished"]), resume=True)
 
@@ -888,6 +922,8 @@ PREDICT = {
     "no byte": Case(["new.csv"], {"new.csv": ""}),
     "no rows": Case(["no data"], {"new.csv": "text\n"}),
     "no line": Case(["new.txt"], {"new.txt": ""}, {"predict": "new.txt"}),
+    "commas without quotes": Case(
+        ["new.csv", "loss of data"], {"new.csv": "text\nfine, and touching\n"}),
     "bytes": Case(["utf-8"], {"new.txt": b"\xff\xfe\x00"}, {"predict": "new.txt"}),
     "an empty jsonl": Case(["new.jsonl"], {"new.jsonl": ""}, {"predict": "new.jsonl"}),
     "a broken jsonl": Case(["new.jsonl"], {"new.jsonl": "{"}, {"predict": "new.jsonl"}),

@@ -140,5 +140,5 @@ def test_a_run_is_not_resumed_on_other_reviews(arguments, reviews, tmp_path):
     other.to_parquet(data / "train.parquet")
     assert torture.finish(tmp_path, own) == 1
     said = (tmp_path / "output.txt").read_text()
-    assert said.rstrip().endswith("not the reviews of this run")
+    assert said.rstrip().endswith("than the run's")
     assert "Traceback" not in said

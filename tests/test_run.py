@@ -81,8 +81,9 @@ def test_a_run_leaves_exactly_its_files(trained):
 
 def test_results_hold_metrics_sizes_flags_and_versions(trained, bert, reviews):
     results, seed = read_results(trained), SETTINGS["seed"]
-    parts = "metrics baseline leaks best_epoch tested confusion samples seconds flags versions"
-    assert results.keys() == {*parts.split()}
+    parts = "metrics baseline leaks best_epoch tested confusion samples seconds"
+    assert results.keys() == {*parts.split(), "flags", "versions"}
+    assert results["tested"] == 47
     names = [f"{part}_{kind}" for part in ("val", "test") for kind in METRICS]
     assert results["metrics"].keys() == {*names, "test_acc_interval"}
     samples = main.load_samples(reviews, SETTINGS["percent"], seed)
@@ -131,9 +132,8 @@ def test_tensorboard_shows_the_whole_run(trained):
     assert not [name for name in shown if "hp_metric" in name]
     (event,) = log.Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
-    charts = layout.category[0].chart
     drawn = []
-    for chart in charts:
+    for chart in layout.category[0].chart:
         regexes = "|".join(chart.multiline.tag)
         drawn.append([tag for tag in sorted(shown) if re.match(regexes, tag)])
     assert drawn == [["train_loss", "val_loss"], ["train_acc", "val_acc"]]
