@@ -107,6 +107,8 @@ def call(**values: Any) -> pathlib.Path:
     """Calls `main.main` under these flags; returns the run's folder."""
     changed = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
     handlers = {signum: signal.getsignal(signum) for signum in changed}
+    for signum in handlers:
+        signal.signal(signum, signal.SIG_DFL)  # nohup, say, has one ignored
     try:
         with flagsaver.flagsaver(**SETTINGS | values):
             main.main(["main.py"])

@@ -39,6 +39,8 @@ def run(
     import main
 
     os.chdir(folder)
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)  # nohup, say, has one ignored
     with open("output.txt", "a") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
