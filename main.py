@@ -221,9 +221,7 @@ def match_labels(flag: str, splits: Samples) -> Samples:
         labels = split["label"][:]
         classes = split.features["label"]
         if isinstance(classes, datasets.ClassLabel):
-            with refusing(
-                f"{flag}: {part}: a label is missing", ValueError
-            ):  # -1
+            with refusing(f"{flag}: {part}", ValueError):  # of -1, no label
                 labels = classes.int2str(labels)
         names[part] = [str(label).strip() for label in labels]
         if "" in names[part]:
