@@ -181,20 +181,26 @@ def check_name(flag: str, name: str) -> None:
         refuse(f"--{flag}={name}: expected a folder, or owner/name on the Hub")
 
 
+def name_cache(*paths: Path) -> str:
+    """Names a cache by content, as files may change under their name and time."""
+    content = hashlib.sha256()
+    for path in paths:
+        content.update(path.read_bytes())
+    return os.path.join(
+        datasets.config.HF_DATASETS_CACHE, content.hexdigest()[:16]
+    )
+
+
 def read_file(flag: str, path: Path) -> Reviews:
-    """Reads one file; cached by its content, as it may change in its place."""
     kind = KINDS.get(path.suffix.lower(), "text")
     # Else pandas takes the first cell of rows longer than the header for an index.
     options = {"index_col": False} if kind == "csv" else {}
     with refusing(f"{flag}: expected reviews in {path}", *UNREADABLE):
-        content = hashlib.sha256(path.read_bytes()).hexdigest()
         return datasets.load_dataset(
             kind,
             data_files=glob.escape(str(path)),
             split="train",
-            cache_dir=os.path.join(
-                datasets.config.HF_DATASETS_CACHE, content[:16]
-            ),
+            cache_dir=name_cache(path),
             **options,
         )
 
@@ -262,7 +268,9 @@ def load_splits(dataset: str) -> Samples:
         if glob.escape(dataset) != dataset:
             refuse(f"{flag}: expected train.csv and test.csv, or no *?[")
         with refusing(f"{flag}: expected a train and a test file", *UNREADABLE):
-            found = datasets.load_dataset(dataset)
+            inside = [p for p in sorted(Path(dataset).rglob("*")) if p.is_file()]
+            cache = name_cache(*inside) if inside else None
+            found = datasets.load_dataset(dataset, cache_dir=cache)
     splits = Samples()
     columns = {"text": {"str"}, "label": {"str", "int"}}
     for part in ("train", "test"):

@@ -668,7 +668,8 @@ def test_brackets_in_a_path_are_no_pattern():
 def test_a_file_replaced_under_its_time_and_size_is_read_anew():
     for word in ("film", "book"):
         content = CSV.replace("film", word)
-        names = ("data/train.csv", "data/test.csv", "data/new.csv")
+        hub = ("hub/data/train-0.csv", "hub/data/test-0.csv")  # its layout
+        names = ("data/train.csv", "data/test.csv", "data/new.csv", *hub)
         spoil(dict.fromkeys(names, content))
         for name in names:
             os.utime(name, (10**9, 10**9))
@@ -676,9 +677,9 @@ def test_a_file_replaced_under_its_time_and_size_is_read_anew():
             *main.load_splits("data").values(),
             main.read_texts("data/new.csv"),
         ]
-        assert [reviews["text"][0] for reviews in read] == [
-            f"a boring {word} 0"
-        ] * 3
+        read += main.load_splits("hub").values()
+        first = [reviews["text"][0] for reviews in read]
+        assert first == [f"a boring {word} 0"] * 5
 
 
 ODD = [
