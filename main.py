@@ -53,6 +53,7 @@ import torch.nn.functional as F
 import torchmetrics
 import tqdm
 import transformers
+import yaml
 from absl import app, flags
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities import rank_zero_only
@@ -81,6 +82,7 @@ UNREADABLE = (
     RuntimeError,
     StopIteration,
     ValueError,
+    yaml.YAMLError,
 )
 
 # fmt: off
@@ -134,10 +136,12 @@ flags.DEFINE_enum("strategy", "auto", ["auto", "ddp"],
 
 
 @flags.multi_flags_validator(
-    ["lr", "momentum", "weight_decay", "warmup"], "each is at least 0 and below 1"
+    ["lr", "momentum", "weight_decay", "warmup"],
+    "each is at least 0 and below 1, lr above 0",
 )
 def are_shares(values: dict[str, float]) -> bool:
-    return all(0 <= value < 1 for value in values.values())  # refuses NaN too
+    # NaN, which passes absl's bounds, is refused too.
+    return values["lr"] > 0 and all(0 <= value < 1 for value in values.values())
 
 
 # Refusals, and lines on the terminal.
@@ -176,8 +180,9 @@ say_once = functools.cache(say)
 
 def check_name(flag: str, name: str) -> None:
     """Refuses what is neither a folder nor a name for the Hub."""
-    is_hub_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)
-    if os.path.isfile(name) or not (os.path.isdir(name) or is_hub_name):
+    if os.path.isfile(name):
+        refuse(f"--{flag}={name}: expected a folder, give the one that holds it")
+    if not os.path.isdir(name) and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         refuse(f"--{flag}={name}: expected a folder, or owner/name on the Hub")
 
 
@@ -214,7 +219,11 @@ def check_columns(flag: str, reviews: Reviews, columns: dict) -> Reviews:
         # pandas renames a second column `text` to `text.1`.
         if column not in found or f"{column}.1" in found:
             refuse(f"{flag}: expected one column {column}, found {found}")
-        kinds = sorted({type(value).__name__ for value in reviews[column][:]})
+        values = reviews[column][:]
+        if None in values:
+            lack = f"{values.count(None)} of {len(values)} rows lack {column}"
+            refuse(f"{flag}: {lack} (a csv's NA, None and null count as missing)")
+        kinds = sorted({type(value).__name__ for value in values})
         if not {*kinds} <= expected or len(kinds) > 1:
             refuse(f"{flag}: expected {column} of {expected}, found {kinds}")
     return reviews.select_columns([*columns])
@@ -268,7 +277,8 @@ def load_splits(dataset: str) -> Samples:
         if glob.escape(dataset) != dataset:
             refuse(f"{flag}: expected train.csv and test.csv, or no *?[")
         with refusing(f"{flag}: expected a train and a test file", *UNREADABLE):
-            inside = [p for p in sorted(Path(dataset).rglob("*")) if p.is_file()]
+            everything = sorted(Path(dataset).rglob("*"))
+            inside = [path for path in everything if path.suffix.lower() in KINDS]
             cache = name_cache(*inside) if inside else None
             found = datasets.load_dataset(dataset, cache_dir=cache)
     splits = Samples()
@@ -404,9 +414,10 @@ def check_config(model: str, seq_length: int) -> dict:
     # transformers would load each of these as if it were a BERT.
     if config.get("model_type") != "bert":
         refuse(f"{flag}: expected a BERT's config.json")
-    expected = {"is_decoder": False, "position_embedding_type": "absolute"}
+    expected = {"position_embedding_type": "absolute"}
+    expected |= {"is_decoder": False, "add_cross_attention": False}
     for name, value in expected.items():
-        if config.get(name, value) != value:
+        if (config.get(name) or value) != value:
             refuse(f"{flag}: expected {name} {value}, found {config[name]}")
     most = config.get("max_position_embeddings", 512)
     if seq_length > most:
@@ -577,8 +588,8 @@ class IMDBSentimentClassifier(pl.LightningModule):
         self.pad = tokenizer.pad_token_id
         self.bert = bert
         self.samples = None
-        # Of the epoch so far; saved for a resumed epoch. They ignore a weight, as
-        # nan_strategy, which would make the CPU wait, is off: so each review counts.
+        # Of the epoch so far; saved for a resumed epoch. With nan_strategy off, which
+        # would make the CPU wait, MeanMetric ignores weights: it takes each review.
         self.mean_loss = torchmetrics.MeanMetric(nan_strategy="disable")
         self.mean_acc = torchmetrics.MeanMetric(nan_strategy="disable")
         self.mean_loss.persistent(True)
@@ -807,10 +818,13 @@ class WholeCheckpointIO(pl.plugins.TorchCheckpointIO):
         partial = Path(f"{path}.partial")
         with refusing(f"cannot save {path}, disk full?", OSError, RuntimeError):
             partial.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb", buffering=0) as file:
-                torch.save(checkpoint, file)
-                os.fsync(file.fileno())
-            partial.replace(path)
+            try:
+                with partial.open("wb", buffering=0) as file:
+                    torch.save(checkpoint, file)
+                    os.fsync(file.fileno())
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
 
 
 def stop(signum: int, *_: Any, how: str = "") -> None:
@@ -935,8 +949,8 @@ def check_resume(checkpoints: Path, given: dict) -> tuple[dict, int]:
         stored = dict(checkpoint["hyper_parameters"])
         step = checkpoint["global_step"]
         best_acc = checkpoint["callbacks"]["Checkpoints"]["best_acc"]
-        for key in ("optimizer_states", "fingerprint"):
-            checkpoint[key]  # noqa: B018  or a KeyError
+        if not {"optimizer_states", "fingerprint"} <= checkpoint.keys():
+            raise LookupError("no state to go on with")
     if best_acc and not (checkpoints / "best.ckpt").exists():
         refuse(f"--resume: found no best.ckpt beside {last}")
     for name, value in given.items():
@@ -1248,6 +1262,7 @@ def train(settings: dict, run: Path, debug: bool, step: int | None) -> None:
         path = Path(settings[flag]).resolve()
         if step is None and path.is_relative_to(run.resolve()):
             refuse(f"--{flag}={settings[flag]}: {run} will be moved, copy it")
+    check_config(settings["model"], settings["seq_length"])
     samples = load_samples(**settings)
     smallest = min(len(sample) for sample in samples.values())
     if settings["devices"] * settings["num_nodes"] > smallest:

@@ -178,7 +178,9 @@ ILLEGAL = {
     "--lr=nan": "lr=nan.* below 1",
     "--momentum=nan": "momentum=nan.* below 1",
     "--weight_decay=nan": "weight_decay=nan.* below 1",
+    "--warmup=nan": "warmup=nan.* below 1",
     "--warmup=1": "warmup=1.* below 1",
+    "--lr=0": "lr above 0",
     "--seed=4294967296": "--seed",
     "--epoch=5": "epochs",  # the suggestion
 }
@@ -465,7 +467,8 @@ def test_code_that_a_model_names_is_never_run(run, place):
 )
 @pytest.mark.parametrize("flag", ["model", "dataset"])
 def test_no_such_folder_is_refused(refused, flag, name):
-    words = [f"--{flag}={name}: expected a folder", "owner/name"]
+    hint = "give the one that holds it" if name == "new.csv" else "owner/name"
+    words = [f"--{flag}={name}: expected a folder", hint]
     refused(Case(words, flags={flag: name}))
 
 
@@ -514,6 +517,9 @@ configs:
 """
 DATA = {
     "an empty folder": Case(["train and a test"], {"data/*": None}),
+    "a broken card alone": Case(
+        ["train and a test", "parsing"],
+        {"data/*": None, "data/README.md": BROKEN_CARD}),
     "a card that leads elsewhere": Case(
         ["train and a test"],
         {"data/*": None, "data/a.csv": CSV, "data/README.md": EVIL_CARD}),
@@ -548,11 +554,12 @@ DATA = {
                        both("text,label,label\n" + "a,1,1\nb,0,0\n" * 20)),
     "two texts in parquet": Case(["text"], both(twice("text"), "parquet")),
     "two labels in parquet": Case(["label"], both(twice("label"), "parquet")),
-    "texts missing": Case(["train: ", "text", "NoneType"], train(",1\na film,0\n,0\n")),
-    "a text missing in test": Case(["test: ", "text", "NoneType"],
+    "texts missing": Case(["train: ", "2 of 43", "text", "NA"],
+        train(",1\na film,0\n,0\n")),
+    "a text missing in test": Case(["test: ", "1 of 42", "text"],
                                    {"data/test.csv": CSV + "a,1\n,1\n"}),
-    "labels missing": Case(["label", "NoneType"], train("a,\nb,\n")),
-    "null text": Case(["text", "NoneType"],
+    "labels missing": Case(["2 of 42", "label"], train("a,\nb,\n")),
+    "null text": Case(["1 of", "text"],
                       both(JSONL + '{"text": null, "label": 1}\n', "jsonl")),
     "a label that only test knows": Case(
         ["test has ['7']", "['0', '1']"], {"data/test.csv": CSV + "a film,7\n"}),
@@ -918,7 +925,7 @@ PREDICT = {
     "no text": Case(["text", "['review']"], {"new.csv": "review\na film\n"}),
     "two texts": Case(["one column text"], {"new.csv": "text,text\na film,b\n"}),
     "a broken csv": Case(["line 3"], {"new.csv": "text\na,b\nc,d,e\n"}),
-    "missing text": Case(["text", "NoneType"], {"new.csv": "text,n\na film,1\n,2\n"}),
+    "missing text": Case(["1 of", "text"], {"new.csv": "text,n\na film,1\n,2\n"}),
     "numbers": Case(["'int'"], {"new.csv": "text\n1\n2\n"}),
     "no byte": Case(["new.csv"], {"new.csv": ""}),
     "no rows": Case(["no data"], {"new.csv": "text\n"}),

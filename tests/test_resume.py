@@ -94,6 +94,7 @@ def test_full_disk_is_told_in_one_line(arguments, tmp_path):
     said = (tmp_path / "output.txt").read_text()
     assert process.exitcode == 1
     assert "cannot save" in said and "Traceback" not in said
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_a_run_that_was_moved_goes_on_and_remembers_its_best_epoch(
