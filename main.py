@@ -73,7 +73,8 @@ SAVE_EVERY = 600  # seconds after which the next step writes `last.ckpt`
 LOG_EVERY = 10  # steps; to read a number, the CPU waits for the GPU
 SAY_EVERY = 60  # seconds between two lines of progress, at least
 SHOWN = 20  # classes, and errors, shown at most
-KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+KINDS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
+KINDS[".parquet"] = "parquet"
 # What libraries raise of files that cannot be read or written.
 UNSOUND = (OSError, pickle.UnpicklingError, safetensors.SafetensorError)
 UNREADABLE = (
@@ -117,7 +118,7 @@ flags.DEFINE_float("warmup", 0.1,
 flags.DEFINE_boolean("debug", False,
     "Walk the whole way on one batch of each sample, in LOGDIR/debug.")
 flags.DEFINE_string("predict", None,
-    "Csv, jsonl or parquet with text, or txt by line; - is stdin.")
+    "Csv, tsv, jsonl, parquet with text, or txt by line; - is stdin.")
 flags.DEFINE_boolean("resume", False,
     "Go on with the run in LOGDIR, under its flags.")
 flags.DEFINE_integer("seed", 0,
@@ -200,6 +201,8 @@ def read_file(flag: str, path: Path) -> Reviews:
     kind = KINDS.get(path.suffix.lower(), "text")
     # Else pandas takes the first cell of rows longer than the header for an index.
     options = {"index_col": False} if kind == "csv" else {}
+    if path.suffix.lower() == ".tsv":
+        options["sep"] = "\t"
     with refusing(f"{flag}: expected reviews in {path}", *UNREADABLE):
         return datasets.load_dataset(
             kind,
@@ -1071,13 +1074,18 @@ class Terminal(pl.callbacks.Callback):
             "val_acc",
             "speed",
         )
-        say(f"Epoch {trainer.current_epoch}", spell(trainer, *names).strip())
+        if (
+            "val_acc" in trainer.callback_metrics
+        ):  # not where a resumed run skips it
+            say(f"Epoch {trainer.current_epoch}", spell(trainer, *names).strip())
 
 
 class ProgressBar(pl.callbacks.TQDMProgressBar):
     def get_metrics(self, trainer: pl.Trainer, *_: Any) -> dict:
         # `prog_bar=True` would wait for the device at every step.
-        return {"": spell(trainer, "train_loss", "speed")}
+        figures = trainer.callback_metrics
+        names = ("train_loss", "speed", "val_loss", "val_acc")
+        return {name: figures[name].item() for name in names if name in figures}
 
 
 def wilson(share: float, n: int, z: float = 1.96) -> list[float]:

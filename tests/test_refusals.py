@@ -641,6 +641,7 @@ SOUND = {
         "data/old/train.csv": CSV, "data/eval.csv": "text,label\neval,0\n",
         "data/my test notes.csv": "x,y\n1,2\n", "data/test/0.csv": CSV},
     "one csv and one jsonl": {"data/test.csv": None, "data/test.jsonl": JSONL},
+    "tabs": both(CSV.replace(",", "\t"), "tsv"),
     "capitals in the ending": both(CSV, "CSV"),
     "a byte order mark": both("\ufeff" + CSV),
     "a card without yaml": {"data/README.md": "# Reviews\n"},
@@ -961,6 +962,7 @@ def test_reviews_to_label_are_refused(refused, case):
 
 TEXTS = ["a fine film", 'a "boring" film, clumsy', "a\tfine film"]
 READABLE = {
+    "new.tsv": pandas.DataFrame({"text": TEXTS}).to_csv(sep="\t"),
     "new.CSV": pandas.DataFrame({"text": TEXTS}).to_csv(),
     "new.json": "".join(json.dumps({"text": text}) + "\n" for text in TEXTS),
     "new.txt": "".join(f"{text}\n" for text in TEXTS),
