@@ -41,9 +41,11 @@ def label_by_main(arguments: list[str], reviews: pathlib.Path) -> pandas.Series:
             str(ROOT / "main.py"),
             f"--logdir={folder}/logs",
         ]
+        start = time.perf_counter()
         subprocess.run(
             [*command, *arguments], check=True, stdout=subprocess.DEVNULL
         )
+        print(f"{time.perf_counter() - start:.0f} s from start to end")
         with open(f"{folder}/labels.csv", "wb") as labels:
             predict = [*command, f"--predict={reviews}"]
             subprocess.run(predict, check=True, stdout=labels)
