@@ -496,7 +496,7 @@ def load_bert(model: str, names: list[str], trained: bool) -> torch.nn.Module:
 
 
 class Dropout(torch.nn.Dropout):
-    """Draws 16 random bits an element: 1.16 times as fast."""
+    """Draws 16 bits an element, saves a boolean: 1.16 times as fast."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or x.device.type != "cpu":
@@ -504,8 +504,8 @@ class Dropout(torch.nn.Dropout):
         bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64)
         bits.random_(-(2**63), None)
         bits = bits.view(torch.int16)[: x.numel()].view_as(x)
-        kept = bits >= round(self.p * 2**16) - 2**15
-        return x * (kept.to(x.dtype) / (1 - self.p))
+        dropped = bits < round(self.p * 2**16) - 2**15
+        return x.masked_fill(dropped, 0).div_(1 - self.p)
 
 
 class ClsLayer(modeling_bert.BertLayer):

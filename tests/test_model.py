@@ -263,6 +263,15 @@ def test_dropout_passes_gradients_where_it_passes_values():
     torch.testing.assert_close(x.grad, out.detach())
 
 
+def test_dropout_saves_one_byte_an_element_for_the_gradient():
+    x = torch.ones(999, requires_grad=True)
+    saved = []
+    note = torch.autograd.graph.saved_tensors_hooks(saved.append, lambda x: x)
+    with note:
+        main.Dropout(0.3)(x)
+    assert [tensor.dtype for tensor in saved] == [torch.bool]
+
+
 def test_dropout_follows_from_the_torch_seed():
     dropout, x = main.Dropout(0.3), torch.ones(999)
     drawn = []
