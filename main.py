@@ -496,7 +496,7 @@ def load_bert(model: str, names: list[str], trained: bool) -> torch.nn.Module:
 
 
 class Dropout(torch.nn.Dropout):
-    """Draws 16 bits an element, saves a boolean: 1.16 times as fast."""
+    """Draws 16 bits an element, saves a boolean: in float32 1.06 times as fast."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or x.device.type != "cpu":
@@ -505,7 +505,7 @@ class Dropout(torch.nn.Dropout):
         bits.random_(-(2**63), None)
         bits = bits.view(torch.int16)[: x.numel()].view_as(x)
         dropped = bits < round(self.p * 2**16) - 2**15
-        return x.masked_fill(dropped, 0).div_(1 - self.p)
+        return x.masked_fill(dropped, 0).mul_(1 / (1 - self.p))
 
 
 class ClsLayer(modeling_bert.BertLayer):
@@ -678,10 +678,12 @@ class IMDBSentimentClassifier(pl.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Dropout follows from (seed, step): a resumed run draws the same.
         numbers = (self.hparams.seed, self.global_step, self.global_rank)
-        # On a CPU torch.manual_seed spends a millisecond on the GPUs that it lacks.
-        on_cpu = self.device.type == "cpu"
-        generator = torch.default_generator if on_cpu else torch
-        generator.manual_seed(hash(numbers) % 2**32)
+        seed = hash(numbers) % 2**32
+        if self.device.type == "cpu":
+            # torch.manual_seed takes a millisecond for GPUs that are not there.
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         logits = self(batch["input_ids"])
