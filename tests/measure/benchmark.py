@@ -343,14 +343,10 @@ def peak_memory() -> float:
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     status = pathlib.Path("/proc/self/status")
-    if (
-        status.exists()
-    ):  # on Linux, where getrusage starts from the parent's figure
-        return (
-            int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
-            * 1024
-            / 1e6
-        )
+    # On Linux, where getrusage starts from the parent's figure.
+    if status.exists():
+        most = re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
+        return int(most[1]) * 1024 / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 

@@ -127,9 +127,8 @@ def trial(
     version, done = folder / "logs" / "imdb" / "version_0", []
     kills = chance.randint(1, 3)
     while len(done) < kills:
-        if (
-            version / "results.json"
-        ).exists():  # it ended before the blow: once more
+        # If it ended before the blow: once more.
+        if (version / "results.json").exists():
             shutil.rmtree(folder / "logs")
         last = version / "checkpoints" / "last.ckpt"
         flags = ["--resume"] if last.exists() else arguments
