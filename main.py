@@ -127,7 +127,7 @@ flags.DEFINE_integer("seed", 0,
 flags.DEFINE_string("logdir", "logs",
     "Folder of the run; the one before it moves to LOGDIR.old.")
 flags.DEFINE_enum("precision", "auto", ["auto", "32-true", "bf16-mixed"],
-    "auto is bf16 where the hardware has it; 32-true may be TF32.")
+    "auto is bf16 on GPUs and x86 CPUs that have it; 32-true may be TF32.")
 flags.DEFINE_integer("devices", 1,
     "GPUs, or CPU processes, a machine; the global batch grows with them.", 1)
 flags.DEFINE_integer("num_nodes", 1,
@@ -354,8 +354,8 @@ def tokenise(
 class LengthGroupedBatches(torch.utils.data.Sampler):
     """Draws batches of reviews of like length, each review once.
 
-    The two longest lead, as AdamW has its state from the second step on: so the
-    first steps hold about as much memory as any.
+    The two longest lead: AdamW allocates its state in the first step, so that the
+    second holds about as much memory as any.
 
     The plan follows from (seed, epoch) alone. A resumed epoch makes it again and
     skips what is done. That makes resuming exact, with dropout that follows from
@@ -491,9 +491,10 @@ def load_bert(model: str, names: list[str], trained: bool) -> torch.nn.Module:
     return bert.train()  # it comes in eval mode, with dropout off
 
 
-# Faster on a CPU. Without this section and the call of `speed_up`, training is the
-# same but slower; a GPU gains from ClsLayer alone. Gains are medians of five rounds,
-# in training steps of MiniLM at 256 in bf16 on two cores with AMX.
+# Faster on a CPU. Without this section and the call of `speed_up` the same network
+# trains, with other dropout masks and rounding, but slower; a GPU gains from ClsLayer
+# alone. Gains are medians of rounds in turn, in training steps of MiniLM at 256 on two
+# cores, in bf16 where no other is said.
 
 
 class Dropout(torch.nn.Dropout):
@@ -572,7 +573,7 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc alone has it
     # M_MMAP_THRESHOLD, at its most: smaller blocks are cut from the heap, ...
     if mallopt and mallopt(-3, 2**25):
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: ... which never shrinks.
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: ... which never shrinks.
 
 
 def speed_up(bert: torch.nn.Module) -> None:
@@ -604,8 +605,8 @@ class IMDBSentimentClassifier(pl.LightningModule):
         self.pad = tokenizer.pad_token_id
         self.bert = bert
         self.samples = None
-        # Of the epoch so far; saved for a resumed epoch. With nan_strategy off, which
-        # would make the CPU wait, MeanMetric ignores weights: it takes each review.
+        # Of the epoch so far; saved for a resumed epoch. To look for NaN would make
+        # the CPU wait; without, MeanMetric ignores weights: it takes each review.
         self.mean_loss = torchmetrics.MeanMetric(nan_strategy="disable")
         self.mean_acc = torchmetrics.MeanMetric(nan_strategy="disable")
         self.mean_loss.persistent(True)
@@ -864,8 +865,8 @@ def on_signals(handler: Callable) -> None:
 class Checkpoints(pl.callbacks.Checkpoint):
     """Writes `best.ckpt`, which is tested, and `last.ckpt`, to go on from.
 
-    The latter every ten minutes, after each validation, and on a signal, which
-    ends the run once the step, or the validation, is done and saved.
+    It writes `last.ckpt` every ten minutes, after each validation, and on a signal,
+    which ends the run once the step, or the validation, is done and saved.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -894,7 +895,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
         on_signals(self.stop)  # Lightning took back those of training
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        # At an epoch's last step, it would be resumed after the validation.
+        # One of an epoch's last step would be resumed after the validation.
         if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             self.save(trainer, time.monotonic() - self.saved > SAVE_EVERY)
 
@@ -1159,7 +1160,7 @@ def say_results(results: dict, folder: Path) -> None:
     say("", f"scored once, on epoch {epoch}, chosen by validation")
     baseline = results["baseline"]
     say("", f"always {baseline['label']}: {baseline['test_acc']:.2%}")
-    say("", f"{results['leaks']:,} of them are in train or val, word for word")
+    say("", f"{results['leaks']:,} of test are in train or val, word for word")
     for name, row in zip(test, results["confusion"] or [], strict=False):
         say("", f"{name} taken for: {commas(dict(zip(test, row, strict=True)))}")
     say("Model", f"{folder}/model")

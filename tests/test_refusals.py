@@ -741,7 +741,7 @@ def test_a_run_tells_leaks_baseline_and_blanks(run, tmp_path, capsys):
     blanks = "labels that differ by blanks alone are one class"
     assert data.count(blanks) == 1 and blanks not in end
     assert " 3 of test are in train or val, word for word" in data
-    assert " 3 of them are in train or val, word for word" in end
+    assert " 3 of test are in train or val, word for word" in end
     assert "always neg: 76.92%" in end
 
 
