@@ -566,7 +566,7 @@ def attend(
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep what a step frees for the next: 1.11 times as fast.
+    """Has glibc keep what a step frees for the next: 1.10 times as fast.
 
     Else the kernel takes it back, and gives it out again zeroed, page by page.
     """
