@@ -571,7 +571,8 @@ def keep_freed_memory() -> None:
     Else the kernel takes it back, and gives it out again zeroed, page by page.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc alone has it
-    # M_MMAP_THRESHOLD, at its most: smaller blocks are cut from the heap, ...
+    # M_MMAP_THRESHOLD, which older ones bound by 32 MB: smaller blocks are cut from
+    # the heap, ...
     if mallopt and mallopt(-3, 2**25):
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: ... which never shrinks.
 
