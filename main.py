@@ -354,8 +354,8 @@ def tokenise(
 class LengthGroupedBatches(torch.utils.data.Sampler):
     """Draws batches of reviews of like length, each review once.
 
-    The two longest lead: AdamW allocates its state in the first step, so that the
-    second holds about as much memory as any.
+    The two longest lead, so that too large a batch fails at once: by the second, as
+    AdamW allocates its state in the first step.
 
     The plan follows from (seed, epoch) alone. A resumed epoch makes it again and
     skips what is done. That makes resuming exact, with dropout that follows from
@@ -543,7 +543,7 @@ def attend(
     scaling: float,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attends without PyTorch's fused attention, slow in bf16: 1.33 times as fast.
+    """Attends without fused attention, slow in bf16: trains 1.33 times as fast.
 
     Above 256 word-pieces the probabilities, a third of a step's memory,
     are computed again for the gradient, by review.
@@ -571,10 +571,10 @@ def keep_freed_memory() -> None:
     Else the kernel takes it back, and gives it out again zeroed, page by page.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc alone has it
-    # M_MMAP_THRESHOLD, which older ones bound by 32 MB: smaller blocks are cut from
-    # the heap, ...
+    # Blocks below 32 MB, the most that older ones take, are cut from the heap
+    # (M_MMAP_THRESHOLD), which never shrinks (M_TRIM_THRESHOLD).
     if mallopt and mallopt(-3, 2**25):
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: ... which never shrinks.
+        mallopt(-1, -1)
 
 
 def speed_up(bert: torch.nn.Module) -> None:
