@@ -42,9 +42,7 @@ def label_by_main(arguments: list[str], reviews: pathlib.Path) -> pandas.Series:
             f"--logdir={folder}/logs",
         ]
         start = time.perf_counter()
-        subprocess.run(
-            [*command, *arguments], check=True, stdout=subprocess.DEVNULL
-        )
+        subprocess.run([*command, *arguments], check=True, stdout=subprocess.DEVNULL)
         print(f"{time.perf_counter() - start:.0f} s from start to end")
         with open(f"{folder}/labels.csv", "wb") as labels:
             predict = [*command, f"--predict={reviews}"]
@@ -52,9 +50,7 @@ def label_by_main(arguments: list[str], reviews: pathlib.Path) -> pandas.Series:
         return pandas.read_csv(f"{folder}/labels.csv", dtype=str)["label"]
 
 
-def label_by_tfidf(
-    seed: int, percent: int, texts: pandas.Series
-) -> pandas.Series:
+def label_by_tfidf(seed: int, percent: int, texts: pandas.Series) -> pandas.Series:
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
@@ -94,9 +90,7 @@ def compare(first: pandas.DataFrame, other: pandas.DataFrame) -> str:
     difference = 100 * (other - first)
     by_review = difference.mean(axis=1)
     seeds = difference.mean()
-    line = (
-        f"{seeds.mean():+.2f} points, over reviews ±{1.96 * by_review.sem():.2f}"
-    )
+    line = f"{seeds.mean():+.2f} points, over reviews ±{1.96 * by_review.sem():.2f}"
     if 1 < len(seeds) <= len(T) + 1:
         line += f", over seeds ±{T[len(seeds) - 2] * seeds.sem():.2f}"
     return line
@@ -133,7 +127,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", "accuracy", "Folder of what the models say.")
     flags.DEFINE_string("grid", "", "Settings, with ; between them.")
     flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of each setting.")
-    flags.DEFINE_integer(
-        "reviews", 2500, "Test reviews that every model labels.", 10
-    )
+    flags.DEFINE_integer("reviews", 2500, "Test reviews that every model labels.", 10)
     app.run(main)

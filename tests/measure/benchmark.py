@@ -80,21 +80,13 @@ FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(main)
 FLAGS.set_default("epochs", 1)
 flags.DEFINE_integer("rounds", 3, "Runs of each contestant; five for claims.", 1)
-flags.DEFINE_integer(
-    "reviews", 320, "Reviews to train on; a ninth more validates.", 48
-)
+flags.DEFINE_integer("reviews", 320, "Reviews to train on; a ninth more validates.", 48)
 flags.DEFINE_integer("test_reviews", 250, "Reviews to test on.", 2)
 flags.DEFINE_list("contestants", NAMES, "Who takes part, in this order.")
-flags.register_validator(
-    "contestants", {*NAMES}.issuperset, f"must be some of {NAMES}"
-)
-flags.DEFINE_enum(
-    "contestant", None, NAMES, "Internal: who runs in this process."
-)
+flags.register_validator("contestants", {*NAMES}.issuperset, f"must be some of {NAMES}")
+flags.DEFINE_enum("contestant", None, NAMES, "Internal: who runs in this process.")
 flags.DEFINE_string("samples", None, "Internal: folder of the tokenised reviews.")
-flags.DEFINE_float(
-    "started", None, "Internal: when this process was started, in s."
-)
+flags.DEFINE_float("started", None, "Internal: when this process was started, in s.")
 
 
 def clock() -> float:
@@ -129,10 +121,7 @@ class Meter:
             self.seconds, self.since = self.seconds + clock() - self.since, None
 
     def speed(self) -> float:
-        return (
-            sum(int(real) for real, _ in self.batches[self.warm_up :])
-            / self.seconds
-        )
+        return sum(int(real) for real, _ in self.batches[self.warm_up :]) / self.seconds
 
     def padding(self) -> float:
         real, positions = map(sum, zip(*self.batches, strict=True))
@@ -140,9 +129,7 @@ class Meter:
 
 
 def precision() -> str:
-    return (
-        main.fastest_precision() if FLAGS.precision == "auto" else FLAGS.precision
-    )
+    return main.fastest_precision() if FLAGS.precision == "auto" else FLAGS.precision
 
 
 def steps(samples: Samples) -> int:
@@ -258,9 +245,7 @@ def trainer_example(samples: Samples, *meters: Meter) -> float:
 
 def trainer_best(samples: Samples, *meters: Meter) -> float:
     tokenizer, size = load_tokenizer(), FLAGS.batch_size
-    collate = transformers.DataCollatorWithPadding(
-        tokenizer, pad_to_multiple_of=8
-    )
+    collate = transformers.DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
     grouping = {"train_sampling_strategy": "group_by_length"}
     if not hasattr(transformers.TrainingArguments, *grouping):
         grouping = {"group_by_length": True}  # its name in transformers 4
@@ -332,9 +317,7 @@ def bare(samples: Samples, training: Meter, testing: Meter) -> float:
             optimizer.zero_grad()
         training.pause()
     module.eval()
-    logits = torch.autocast(DEVICE, **bf16)(
-        lambda batch: module(batch["input_ids"])
-    )
+    logits = torch.autocast(DEVICE, **bf16)(lambda batch: module(batch["input_ids"]))
     return test(logits, module.batches(samples["test"]), testing)
 
 
@@ -384,9 +367,7 @@ def prepare(folder: str) -> torch.Tensor:
             draw = {"train_size": size, "stratify_by_column": "label"}
             parts = splits[part].train_test_split(**draw, seed=FLAGS.seed)
             splits[part] = parts["train"]
-    splits["val"], splits["train"] = main.stratified(
-        splits["train"], 10, FLAGS.seed
-    )
+    splits["val"], splits["train"] = main.stratified(splits["train"], 10, FLAGS.seed)
     tokenizer = load_tokenizer()
     samples = main.tokenise(splits, tokenizer, FLAGS.seq_length, FLAGS.truncation)
     samples.save_to_disk(folder)
@@ -408,14 +389,10 @@ def run(name: str, samples: str, seed: int) -> Figures:
             f"--seed={seed}",
         ]
         command += [f"--started={time.time()}"]
-        env = {
-            "CUDA_VISIBLE_DEVICES": "0"
-        } | os.environ  # a Trainer would take all
+        env = {"CUDA_VISIBLE_DEVICES": "0"} | os.environ  # a Trainer would take all
         done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(
-            f"{done.stdout}{done.stderr}benchmark.py: {name} failed, see above"
-        )
+        sys.exit(f"{done.stdout}{done.stderr}benchmark.py: {name} failed, see above")
     figures = json.loads(done.stdout.splitlines()[-1])
     shown = (f"{title} {figures[title]:{FIGURES[title]}}" for title in figures)
     print(f"{name}:", *shown, sep="  ", file=sys.stderr, flush=True)
@@ -432,9 +409,7 @@ def bf16_share(lengths: torch.Tensor) -> float:
         rate = 2 * 8192**3 * repeats / (clock() - start)
     config = transformers.BertConfig.from_pretrained(FLAGS.model)
     width, inner = config.hidden_size, config.intermediate_size
-    seen = (
-        lengths.square().sum() / lengths.sum()
-    ).item()  # by the mean word-piece
+    seen = (lengths.square().sum() / lengths.sum()).item()  # by the mean word-piece
     # Forward and backward, 6 for a weight; 12 to attend to one word-piece.
     weights = width * (4 * width + 2 * inner)
     return config.num_hidden_layers * (6 * weights + 12 * width * seen) / rate
@@ -455,19 +430,13 @@ def tables(rounds: list[dict[str, Figures]]) -> str:
     for title, form in FIGURES.items():
         if all(title in figures for figures in rounds[0].values()):
             each = [[r[name][title] for r in rounds] for name in rounds[0]]
-            medians.append(
-                [title, *(f"{statistics.median(e):{form}}" for e in each)]
-            )
+            medians.append([title, *(f"{statistics.median(e):{form}}" for e in each)])
         if "ours" in rounds[0] and not re.search("padding|share", title):
             points = title == "test accuracy"
-            ratios.append(
-                [f"{title}, points less" if points else title.split(",")[0]]
-            )
+            ratios.append([f"{title}, points less" if points else title.split(",")[0]])
             for name in others:
                 pairs = [(r["ours"][title], r[name][title]) for r in rounds]
-                each = sorted(
-                    100 * (a - b) if points else a / b for a, b in pairs
-                )
+                each = sorted(100 * (a - b) if points else a / b for a, b in pairs)
                 spread = f"({each[0]:.2f}..{each[-1]:.2f})"
                 ratios[-1].append(f"{statistics.median(each):.2f} {spread}")
     parts = [table(["", *rounds[0]], medians), table(["ours /", *others], ratios)]
@@ -480,9 +449,7 @@ def benchmark(argv: list[str]) -> None:
         return
     needed = any(name.startswith("trainer") for name in FLAGS.contestants)
     if needed and not importlib.util.find_spec("accelerate"):
-        sys.exit(
-            "benchmark.py: the Trainer needs accelerate: pip install accelerate"
-        )
+        sys.exit("benchmark.py: the Trainer needs accelerate: pip install accelerate")
     main.quieten()
     main.check_config(FLAGS.model, FLAGS.seq_length)
     rounds, names = [], FLAGS.contestants
@@ -501,9 +468,7 @@ def benchmark(argv: list[str]) -> None:
     )
     print(where, precision(), *versions, sep=", ")
     size = f"{len(lengths):,} reviews of up to {FLAGS.seq_length} word-pieces"
-    print(
-        f"{size}, epochs {FLAGS.epochs}, rounds {FLAGS.rounds}, {FLAGS.model}\n"
-    )
+    print(f"{size}, epochs {FLAGS.epochs}, rounds {FLAGS.rounds}, {FLAGS.model}\n")
     print(tables(rounds))
 
 
