@@ -79,7 +79,6 @@ LOG_EVERY = 10  # steps; to read a number, the CPU waits for the GPU
 HUB_TIMEOUT = 3  # seconds
 SAY_EVERY = 60  # seconds between two lines of progress, at least
 SHOWN = 20  # classes, and errors, shown at most
-UNSOUND = (OSError, safetensors.SafetensorError)  # weights that cannot be read
 CACHE = f"cannot write to the cache, {datasets.config.HF_DATASETS_CACHE} (see HF_HOME)"
 
 # A second `%run main.py` in one Jupyter kernel defines the flags anew.
@@ -807,13 +806,15 @@ class Checkpoints(pl.callbacks.Checkpoint):
 
     def stop(self, signum: int, _: Any = None) -> None:
         """Ends all processes of the run at once, where there is nothing to save."""
+        how = f"; --resume goes on from {self.last}" if self.last.exists() else ""
+        if self.trainer.world_size == 1:
+            stop(signum, how=how)
+        # Each may wait for another, which a mere exit would do as well.
         launcher = self.trainer.strategy.launcher
         if launcher is not None:
-            launcher.kill(signum)
-        if rank_zero_only.rank > 0:
-            os._exit(128 + signum)  # silently: the first process has told
-        how = f"; --resume goes on from {self.last}" if self.last.exists() else ""
-        stop(signum, how=how)
+            launcher.kill(signal.SIGKILL)
+        tell_stop(how)
+        os._exit(128 + signum)
 
     def setup(self, *_: Any, **__: Any) -> None:
         # Lightning's own handler of SIGTERM would only end a training.
@@ -856,9 +857,13 @@ class Checkpoints(pl.callbacks.Checkpoint):
 
 def stop(signum: int, _: Any = None, how: str = "") -> NoReturn:
     """Ends the program on a signal, with a shell's status for it."""
-    if rank_zero_only.rank == 0:
-        print(f"\nStopped{how}", file=sys.stderr, flush=True)
+    tell_stop(how)
     sys.exit(128 + signum)
+
+
+@rank_zero_only
+def tell_stop(how: str) -> None:
+    print(f"\nStopped{how}", file=sys.stderr, flush=True)
 
 
 def handle_signals(handler: Any) -> dict[int, Any]:
@@ -1078,9 +1083,8 @@ def say_data(module: IMDBSentimentClassifier) -> None:
     for part, sample in module.samples.items():
         say(f"  {part}", f"{len(sample):,} reviews: {spell(count_classes(sample))}")
         lengths += sample["length"][:]
-    drawn = [part for part in ("val", "test") if part not in load_splits(hp)]
-    if drawn:
-        say("", f"no split for {' and '.join(drawn)}: drawn, a tenth, from train")
+    if "test" not in load_splits(hp):
+        say("", "no test split: a tenth of train was drawn for it")
     odd = module.oddities
     say("", f"{odd['leaks']:,} of test are in train or val, word for word")
     remarks = {
@@ -1270,8 +1274,9 @@ PARTS |= dict.fromkeys(("validation", "valid", "val", "dev"), "val")
 # A cell of a tsv as a csv's writer leaves it: without quotation marks, or quoted.
 QUOTED = re.compile(r'[^"]*|"[^"]*(?:""[^"]*)*"')
 NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
-# What libraries raise of files that cannot be read.
+# What libraries raise of files that cannot be read, and of a Hub that cannot be asked.
 UNREADABLE = (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError)
+UNREACHED = (httpx2.HTTPError, OSError, ValueError, ImportError)
 
 
 def load_splits(settings: dict) -> Samples:
@@ -1538,6 +1543,7 @@ def spell_labels(flag: str, split: Reviews) -> list[str]:
 def ask_hub(settings: dict) -> None:
     """Asks the Hub, once, for what is not on this machine; goes offline without it."""
     api = huggingface_hub.HfApi()
+    errors = huggingface_hub.errors
     pool = multiprocessing.pool.ThreadPool(1)
     for flag, ask in (("model", api.model_info), ("dataset", api.dataset_info)):
         name = settings[flag]
@@ -1552,14 +1558,14 @@ def ask_hub(settings: dict) -> None:
         try:
             # In a thread, as the look-up of the host's address has no timeout.
             pool.apply_async(ask, [name], {"timeout": HUB_TIMEOUT}).get(HUB_TIMEOUT)
-        except huggingface_hub.errors.RepositoryNotFoundError:
+        except (errors.RepositoryNotFoundError, errors.HFValidationError):
             refuse(f"--{flag}={name}: not on the Hub, or private: see HF_TOKEN")
-        except (httpx2.HTTPError, OSError, multiprocessing.TimeoutError) as error:
-            cause = " ".join(str(error).split())[:80] or "no answer in time"
+        except (*UNREACHED, multiprocessing.TimeoutError) as error:
+            cause = re.sub(" for url .*", "", str(error).partition("\n")[0])
+            cause = cause or "no answer in time"
             say("Hub", f"out of reach ({cause}): what was loaded before is used")
-            os.environ["HF_HUB_OFFLINE"] = "1"  # of further processes
             huggingface_hub.constants.HF_HUB_OFFLINE = True
-            datasets.config.HF_HUB_OFFLINE = True
+            os.environ["HF_HUB_OFFLINE"] = "1"  # of further processes
 
 
 def loading(flag: str, name: str) -> contextlib.AbstractContextManager:
@@ -1572,7 +1578,8 @@ def loading(flag: str, name: str) -> contextlib.AbstractContextManager:
             "--model and --dataset folders of this machine, or try python "
             "tests/demo.py, which needs no network"
         )
-    return refusing(why, *UNREADABLE, tell_cause=not is_offline)
+    unreadable = (*UNREADABLE, safetensors.SafetensorError)
+    return refusing(why, *unreadable, tell_cause=not is_offline)
 
 
 def check_config(model: str, seq_length: int) -> dict:
@@ -1594,16 +1601,16 @@ def load_tokenizer(settings: dict) -> transformers.BertTokenizer:
     """Loads a tokenizer that drops `<br />`, and reads "[SEP]" as text."""
     model = settings["model"]
     config = check_config(model, settings["seq_length"])
-    with refusing(f"--model={model}: expected a tokenizer", OSError, ValueError):
+    with loading("model", model):
         tokenizer = transformers.BertTokenizer.from_pretrained(
             model,
             split_special_tokens=True,
             model_max_length=settings["seq_length"],
             truncation_side="left" if settings["truncation"] == "tail" else "right",
         )
-    # If its files are missing, transformers makes one without words.
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        refuse(f"--model={model}: expected a tokenizer, found no vocabulary")
+        # If its files are missing, transformers makes one without words.
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise OSError("its tokenizer has no vocabulary")
     pad = config.get("pad_token_id", 0)
     if tokenizer.pad_token_id != pad:
         refuse(
@@ -1631,7 +1638,7 @@ def load_bert(settings: dict, trained: bool) -> torch.nn.Module:
             "transformers.BertModel.from_pretrained(F).save_pretrained(F)"
         )
     classes = dict(enumerate(names))
-    with refusing(f"--model={model}: expected sound safetensors", *UNSOUND):
+    with loading("model", model):
         earlier = transformers.BertConfig.from_pretrained(model).id2label
         bert, info = modeling_bert.BertForSequenceClassification.from_pretrained(
             model,
@@ -1780,6 +1787,8 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", category=advice)
     warnings.filterwarnings("ignore", ".*your dataloader is not resumable")  # it is
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec")  # Lightning's
+    # In float16 the first steps may overflow, and are skipped.
+    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
 
 
 def try_gpu() -> None:
@@ -1836,6 +1845,8 @@ def main(argv: list[str]) -> None:
     if argv[1:]:
         refuse(f"unexpected {argv[1:]}: flags are given as --name=value")
     if sys.stdout is None:  # closed, as by `>&-`
+        if FLAGS.predict is not None:
+            refuse("--predict: stdout is closed, where should the labels go?")
         sys.stdout = io.StringIO()
     if isinstance(sys.stdout, io.TextIOWrapper):  # in Jupyter it is not
         encoding = None if FLAGS.predict is None else "utf-8"

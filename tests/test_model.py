@@ -13,7 +13,6 @@ from types import SimpleNamespace as Stub
 from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import torch
 import transformers
 from conftest import SETTINGS, call, load_samples, piece_ids
@@ -192,23 +191,6 @@ def test_the_seed_draws_the_classifier(bert):
     ]
     first, again, other = (module.bert.classifier.weight for module in modules)
     assert first.equal(again) and not first.equal(other)
-
-
-@pytest.mark.parametrize(
-    "gpu, cpu, precision",
-    [
-        (True, {}, "bf16-mixed"),
-        (False, {"avx512_bf16": True, "amx_bf16": True}, "16-mixed"),
-        (None, {"avx512_bf16": True}, "bf16-mixed"),
-        (None, {"avx512_bf16": False, "amx_bf16": True}, "bf16-mixed"),
-        (None, {"avx512_bf16": False}, "32-true"),
-    ],
-)
-def test_auto_is_bf16_only_where_the_hardware_has_it(monkeypatch, gpu, cpu, precision):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu is not None)
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: gpu)
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: cpu)
-    assert main.fastest_precision() == precision
 
 
 @pytest.mark.parametrize(
@@ -572,34 +554,3 @@ def test_metrics_equal_a_plain_loop_over_reviews(trained, bert, reviews):
         got = {name: results["metrics"][name] for name in plain}
         assert got == pytest.approx(plain, rel=1e-5)
         assert part == "val" or results["confusion"] == confusion
-
-
-def test_float16_gradients_are_unscaled_before_they_are_clipped(
-    bert, reviews, monkeypatch
-):
-    """As CUDA's are, by a `GradScaler`, which multiplies them by 2**16 at first."""
-    norms = []
-    clip = Module.on_before_optimizer_step
-
-    def noted(module, optimizer):
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        norms.append(torch.nn.utils.get_total_norm(gradients).item())
-        clip(module, optimizer)
-
-    monkeypatch.setattr(Module, "on_before_optimizer_step", noted)
-    values = SETTINGS | {"dataset": reviews, "model": bert, "optimizer": "adamw"}
-    values |= {"text_column": "text", "label_column": "label"}
-    module = Module(["neg", "pos"], **values | {"precision": "16-mixed"})
-    scaler = torch.amp.GradScaler("cpu")
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        plugins=[pl.plugins.MixedPrecision("16-mixed", "cpu", scaler)],
-        max_steps=3,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        logger=False,
-    )
-    trainer.fit(module)
-    assert len(norms) == 3 and max(norms) < 100
