@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import socket
 import subprocess
+from unittest import mock
 
 import datasets
 import demo
@@ -15,6 +16,8 @@ import huggingface_hub
 import pytest
 from conftest import command
 from hub import Hub
+
+import main
 
 BERT = "google-bert/bert-base-uncased"
 IMDB = "stanfordnlp/imdb"
@@ -133,17 +136,33 @@ def test_a_first_run_loads_bert_and_5_percent_of_imdb_from_the_hub(first):
     assert found == [BERT, IMDB, 5]
 
 
+@pytest.mark.parametrize("name", ["no/body", "no/bo--dy"])  # the second is no name
 @pytest.mark.parametrize("flag", ["model", "dataset"])
 def test_a_name_that_is_not_on_the_hub_is_refused(
-    flag, repositories, ask, run, tmp_path, capfd
+    flag, name, repositories, ask, run, tmp_path, capfd
 ):
     with Hub(repositories) as hub, pytest.raises(SystemExit) as exit:
         ask(hub.url)
-        run(**{flag: "no/body"})
-    check_line(exit.value.code, f"--{flag}=no/body: not on the Hub")
+        run(**{flag: name})
+    check_line(exit.value.code, f"--{flag}={name}: not on the Hub")
     assert capfd.readouterr() == ("", "")
     assert [*tmp_path.iterdir()] == []
-    assert f"GET /api/{flag}s/no/body" in hub.requests
+    assert (f"GET /api/{flag}s/{name}" in hub.requests) == (name == "no/body")
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("no JSON"), ImportError("no socksio"), OSError("reset")]
+)
+def test_a_hub_that_cannot_be_asked_is_out_of_reach(monkeypatch, capsys, error):
+    """As behind a log-in page, or a proxy that the client does not know."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    api = mock.Mock(**{"model_info.side_effect": error})
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
+    main.ask_hub({"model": "some/body", "dataset": "some/data"})
+    assert capsys.readouterr().out.startswith(f"{OUT_OF_REACH}{error})")
+    assert huggingface_hub.constants.HF_HUB_OFFLINE
+    api.dataset_info.assert_not_called()  # it is asked once
 
 
 def test_a_gated_model_is_refused_with_the_hubs_reason(new, repositories):

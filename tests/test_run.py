@@ -10,6 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
+import threading
 import time
 import types
 from collections.abc import Callable
@@ -23,7 +25,7 @@ import torch
 import transformers
 import yaml
 from absl.testing import flagsaver
-from conftest import SETTINGS, call, command, load_samples, piece_ids, write_reviews
+from conftest import SETTINGS, call, load_samples, piece_ids, write_reviews
 from tensorboard.backend.event_processing import event_accumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.util import tensor_util
@@ -234,6 +236,137 @@ def test_only_the_first_process_finishes(run, monkeypatch):
     monkeypatch.setattr(main, "finish", lambda *_: calls.append("finish"))
     run()
     assert calls == ["fit", "test"]
+
+
+def test_predictions_list_each_test_review_in_the_order_of_the_file(
+    trained, reviews, bert
+):
+    with open(trained / "predictions.csv") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["row", "label", "prediction", "neg", "pos"]
+    judged = [*judge(trained, reviews, bert)]
+    assert len(rows) == len(judged) == 47
+    for number, (row, (_, probabilities, label)) in enumerate(
+        zip(rows, judged, strict=True)
+    ):
+        predicted = ["neg", "pos"][probabilities.argmax()]
+        assert row[:3] == [str(number), ["neg", "pos"][label], predicted]
+        shares = [float(share) for share in row[3:]]
+        assert shares == pytest.approx(probabilities.tolist(), abs=2e-6)
+
+
+def test_a_checkpoint_alone_makes_the_module_that_was_exported(trained):
+    file = trained / "checkpoints" / "best.ckpt"
+    module = Module.load_from_checkpoint(file, weights_only=True)
+    load = transformers.BertForSequenceClassification.from_pretrained
+    exported = load(trained / "model").state_dict()
+    for name, weights in module.bert.state_dict().items():
+        assert weights.equal(exported[name])
+    assert module.hparams.seq_length == SETTINGS["seq_length"]
+
+
+# Progress
+
+
+def test_without_a_terminal_a_line_tells_each_tenth_of_an_epoch(
+    run, capsys, monkeypatch
+):
+    monkeypatch.setattr(main, "SAY_EVERY", 0)
+    monkeypatch.setattr(main, "LOG_EVERY", 1)
+    run(epochs=1)
+    said = capsys.readouterr().out.splitlines()
+    lines = [line for line in said if re.match(r"Epoch 0 .*\d/24 \[", line)]
+    told = [int(re.search(r"(\d+)/24", line)[1]) for line in lines]
+    assert told == [3, 5, 8, 10, 12, 15, 17, 20, 22, 24]
+    for line in lines[1:]:
+        assert re.search(r"\[\d\d:\d\d<\d\d:\d\d, .*train_loss=\d.*, speed=\d", line)
+    assert len([line for line in said if line.startswith("Testing")]) == 10  # batches
+    assert len([line for line in said if line.startswith("Validation")]) == 3
+
+
+@pytest.mark.parametrize(
+    "seconds, told", [(7, [10, 20, 30, 40, 50, 60, 70, 80, 90, 100]), (1, [60])]
+)
+def test_lines_of_progress_come_once_a_minute_at_most(capsys, seconds, told):
+    bar = main.ProgressLines()
+    bar._time = lambda: bar.n * seconds  # a step takes so many
+    bar.reset()
+    bar.total = 100
+    said = []
+    for n in range(1, 101):
+        bar.n = n
+        bar.refresh()
+        said += [n] * capsys.readouterr().out.count("/100")
+    assert said == told
+
+
+NOTEBOOK = """
+    import io, runpy, sys
+
+    sys.stdout = io.StringIO()  # which, like Jupyter's, cannot be reconfigured
+    for _ in range(2):
+        sys.argv = {arguments}
+        try:
+            runpy.run_path({main!r}, run_name="__main__")
+        except SystemExit as end:
+            assert not end.code, end.code
+    sys.__stdout__.write(sys.stdout.getvalue())
+"""
+
+
+def test_a_notebook_runs_it_twice(bert, reviews, tmp_path):
+    """As `%run main.py` does: in one process, whose stdout is not a file."""
+    arguments = [str(demo.MAIN), "--debug", f"--model={bert}", f"--dataset={reviews}"]
+    script = NOTEBOOK.format(
+        main=str(demo.MAIN), arguments=[*arguments, "--seq_length=40"]
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("Test      accuracy") == 2
+
+
+def test_a_thread_runs_it(bert, reviews, tmp_path):
+    """Where Python sets no handlers of signals."""
+    ours = {"dataset": reviews, "model": bert, "logdir": str(tmp_path), "debug": True}
+    with flagsaver.flagsaver(**SETTINGS | ours):
+        thread = threading.Thread(target=main.main, args=[["main.py"]])
+        thread.start()
+        thread.join()
+    assert read_results(tmp_path / "debug" / "version_0")
+
+
+def test_a_full_disk_under_the_terminal_ends_no_run(bert, reviews, tmp_path):
+    arguments = [f"--model={bert}", f"--dataset={reviews}", "--seq_length=40"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, demo.MAIN, "--debug", *arguments],
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=full,
+            stderr=subprocess.PIPE,
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert read_results(tmp_path / "logs" / "debug" / "version_0")
+
+
+def test_a_full_disk_under_labels_is_told_in_one_line(trained, tmp_path):
+    (tmp_path / "new.txt").write_text("a fine film\n" * 9)
+    arguments = [f"--predict={tmp_path}/new.txt", f"--model={trained}/model"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, demo.MAIN, *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 1
+    assert done.stderr == "main.py: cannot write to stdout: its disk is full\n"
 
 
 # The exported model
@@ -548,25 +681,30 @@ def test_predict_labels_each_review_in_order_as_the_pipeline_does(
     assert files(trained.parents[1]) == before
 
 
-def test_predict_cuts_as_in_training_unless_flags_say_otherwise(trained, tmp_path):
-    words = "fine film plot it awful boring clumsy stale dreadful tedious"
-    (tmp_path / "new.txt").write_text(f"{words} {words} {words} {words} {words}\n")
-    rows = []
-    for flags in ((), ("--seq_length=8",), ("--seq_length=8", "--truncation=tail")):
-        new, logdir = f"--predict={tmp_path}/new.txt", f"--logdir={trained.parents[1]}"
-        done = command(new, logdir, "--precision=32-true", *flags)
-        assert (done.returncode, done.stderr) == (0, "")
-        rows.append(done.stdout.splitlines()[1])
-    model = transformers.BertForSequenceClassification.from_pretrained(
-        trained / "model"
-    )
+def test_predict_cuts_as_in_training_unless_flags_say_otherwise(
+    trained, tmp_path, capsys
+):
+    words = "fine film plot it awful boring clumsy stale dreadful tedious "
+    (tmp_path / "new.txt").write_text(words * 5)
+    load = transformers.BertForSequenceClassification.from_pretrained
+    model = load(trained / "model").eval()
     plain = transformers.BertTokenizer.from_pretrained(trained / "model")
-    for row, cut in zip(rows, ((40, "head"), (8, "head"), (8, "tail")), strict=True):
-        ids = piece_ids(plain, " ".join([words] * 5), *cut)
+    settings = SETTINGS | {"model": str(trained / "model"), "text_column": "text"}
+    shares = []
+    for given, cut in (
+        ({}, (40, "head")),
+        ({"seq_length": 8}, (8, "head")),
+        ({"seq_length": 8, "truncation": "tail"}, (8, "tail")),
+    ):
+        defaults = {"seq_length": 256, "truncation": "tail"}
+        capsys.readouterr()
+        main.predict(settings | defaults, given, str(tmp_path / "new.txt"))
+        shares.append(float(capsys.readouterr().out.split(",")[-2]))
+        ids = torch.tensor([piece_ids(plain, words * 5, *cut)])
         with torch.no_grad():
-            share = model.eval()(torch.tensor([ids])).logits.softmax(-1)[0, 0].item()
-        assert float(row.split(",")[1]) == pytest.approx(share, abs=2e-6)
-    assert len({*rows}) == 3
+            share = model(ids).logits.softmax(-1)[0, 0].item()
+        assert shares[-1] == pytest.approx(share, abs=2e-6)
+    assert len({*shares}) == 3
 
 
 def test_labels_of_another_model_are_read_in_the_order_of_their_numbers(
