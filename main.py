@@ -41,7 +41,7 @@ import textwrap
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -243,10 +243,10 @@ class IMDBSentimentClassifier(pl.LightningModule):
         super().__init__()
         self.save_hyperparameters(ignore="trained")
         torch.manual_seed(self.hparams.seed)  # draws a new classifier
-        self.bert = load_bert(self.hparams, trained)
-        speed_up(self.bert)
         self.tokenizer = load_tokenizer(self.hparams)
         self.pad = self.tokenizer.pad_token_id
+        self.bert = load_bert(self.hparams, trained)
+        speed_up(self.bert)
         self.samples: Samples | None = None  # until `setup`
         self.texts: Iterable[str] = ()  # to label
         # Means over the epoch so far, saved for a resumed one. A look for NaN, their
@@ -695,12 +695,13 @@ def train(settings: dict, run: Path, step: int | None = None) -> None:
     trainer = make_trainer(settings, run, step)
     checkpoints = trainer.checkpoint_callback
     last = None if step is None else checkpoints.last
-    safely = {"weights_only": True}  # a checkpoint cannot run code
     with only_run(run), refusing_what_is_full(run), on_signals(checkpoints.stop):
         if step is None:
             clear(run)
-        trainer.fit(module, ckpt_path=last, **safely)
-        trainer.test(module, ckpt_path=checkpoints.best, verbose=False, **safely)
+        # `weights_only`: a checkpoint cannot run code.
+        trainer.fit(module, ckpt_path=last, weights_only=True)
+        best = checkpoints.best
+        trainer.test(module, ckpt_path=best, weights_only=True, verbose=False)
         if trainer.is_global_zero:
             finish(module, run / "version_0", start)
 
@@ -727,8 +728,6 @@ def finish(module: IMDBSentimentClassifier, folder: Path, start: float) -> None:
 
 def predict(settings: dict, given: dict, file: str) -> None:
     """Prints label and probabilities of new texts as csv, as they come."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # of `| head`
     model = settings["model"]
     if not os.path.isdir(model):
         refuse(f"--predict: no model in {model}: train one, or name it by --model")
@@ -752,7 +751,7 @@ def predict(settings: dict, given: dict, file: str) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    with refusing_what_is_full("stdout"):
+    with refusing_what_is_full("stdout"), on_signals(signal.SIG_DFL, signal.SIGPIPE):
         trainer.predict(module, return_predictions=False)
 
 
@@ -866,22 +865,24 @@ def tell_stop(how: str) -> None:
     print(f"\nStopped{how}", file=sys.stderr, flush=True)
 
 
-def handle_signals(handler: Any) -> dict[int, Any]:
-    """Sets a handler of signals that end a program; returns the earlier ones."""
-    earlier = {}
-    if threading.current_thread() is threading.main_thread():  # else Python refuses
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup has it
-                earlier[signum] = signal.signal(signum, handler)
-    return earlier
+def handle_signals(handler: Any, *signums: int) -> dict[int, Any]:
+    """Sets a handler, by default of what ends a program; returns the earlier ones."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}  # Python refuses
+    if not signums:
+        ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        # What is ignored stays so: SIGHUP is, under nohup.
+        signums = [n for n in ending if signal.getsignal(n) is not signal.SIG_IGN]
+    return {signum: signal.signal(signum, handler) for signum in signums}
 
 
 @contextlib.contextmanager
-def on_signals(handler: Callable) -> Iterator[None]:
-    earlier = handle_signals(handler)
+def on_signals(handler: Any, *signums: int) -> Iterator[None]:
+    """Sets a handler for a while: a Jupyter kernel lives longer than a run."""
+    earlier = handle_signals(handler, *signums)
     try:
         yield
-    finally:  # a Jupyter kernel lives on
+    finally:
         for signum, before in earlier.items():
             signal.signal(signum, before)
 
@@ -1629,7 +1630,6 @@ def load_bert(settings: dict, trained: bool) -> torch.nn.Module:
     """Loads float32 weights; if `trained`, the classifier must be among them."""
     model = settings["model"]
     names = settings["label_names"]
-    check_config(model, settings["seq_length"])
     weights = {path.suffix for path in Path(model).glob("*")}
     if ".bin" in weights and ".safetensors" not in weights:
         refuse(

@@ -54,7 +54,8 @@ def label_by_tfidf(seed: int, percent: int, texts: pandas.Series) -> pandas.Seri
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    samples = script.load_samples(FLAGS.dataset, percent, seed)
+    settings = FLAGS.flag_values_dict() | {"percent": percent, "seed": seed}
+    samples = script.load_samples(settings)
     start = time.perf_counter()
     known = samples["train"]["text"][:] + samples["val"]["text"][:]
     numbers = samples["train"]["label"][:] + samples["val"]["label"][:]
@@ -98,10 +99,10 @@ def compare(first: pandas.DataFrame, other: pandas.DataFrame) -> str:
 
 def main(argv: list[str]) -> None:
     pathlib.Path(FLAGS.out).mkdir(parents=True, exist_ok=True)
-    test = script.load_splits(FLAGS.dataset)["test"]
+    test = script.load_splits(FLAGS.flag_values_dict())["test"]
     if FLAGS.reviews < len(test):
         percent = round(100 * FLAGS.reviews / len(test))
-        test, _ = script.stratified(test, percent, seed=0)
+        test, _ = script.draw(test, percent, seed=0)
     names = test.features["label"].int2str(test["label"][:])
     settings = [setting.strip() for setting in FLAGS.grid.split(";")]
     tables = {setting: pandas.DataFrame() for setting in settings}

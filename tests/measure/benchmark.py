@@ -74,6 +74,7 @@ FIGURES = {
     "share of bf16 rate": ".1%",
 }
 Figures = dict[str, float]
+Batch = dict[str, torch.Tensor]
 Samples = datasets.DatasetDict
 Loader = torch.utils.data.DataLoader
 FLAGS = flags.FLAGS
@@ -104,7 +105,7 @@ class Meter:
         self.batches = []  # of real word-pieces, and of positions
         self.early = 0.0  # MB, the most that the first twenty steps held
 
-    def begin(self, batch: main.Batch) -> None:
+    def begin(self, batch: Batch) -> None:
         """Notes that a step begins."""
         if not self.batches:
             self.first = time.time()
@@ -138,8 +139,7 @@ def steps(samples: Samples) -> int:
 
 
 def load_tokenizer() -> transformers.BertTokenizer:
-    config = main.check_config(FLAGS.model, FLAGS.seq_length)
-    return main.load_tokenizer(FLAGS.model, config)
+    return main.load_tokenizer(FLAGS.flag_values_dict())
 
 
 def plain_bert(samples: Samples) -> torch.nn.Module:
@@ -148,7 +148,7 @@ def plain_bert(samples: Samples) -> torch.nn.Module:
     return kind.from_pretrained(FLAGS.model, num_labels=classes).float().train()
 
 
-def pad(rows: list[dict], pad_token_id: int) -> main.Batch:
+def pad(rows: list[dict], pad_token_id: int) -> Batch:
     """Pads to the limit: <int64>[B, seq_length] word-pieces, <int64>[B] labels."""
     padding = [pad_token_id] * FLAGS.seq_length
     padded = [(row["input_ids"] + padding)[: FLAGS.seq_length] for row in rows]
@@ -158,7 +158,7 @@ def pad(rows: list[dict], pad_token_id: int) -> main.Batch:
     return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
 
 
-def send(batch: main.Batch) -> main.Batch:
+def send(batch: Batch) -> Batch:
     return {k: v.to(DEVICE, non_blocking=True) for k, v in batch.items()}
 
 
@@ -182,11 +182,12 @@ def ours(samples: Samples, training: Meter, testing: Meter) -> float:
     def take(module: pl.LightningModule, stage: str) -> None:
         # The samples are tokenised, and have no texts to compare.
         module.samples = samples
-        module.leaks = 0
+        odd = ("leaks", "val_leaks", "contradictory", "empty", "broken")
+        module.oddities = dict.fromkeys(odd, 0)
         module.fingerprint = ""
 
     main.make_trainer = watched
-    main.load_samples = lambda **_: samples
+    main.load_samples = lambda _: samples
     main.IMDBSentimentClassifier.prepare_data = lambda module: None
     main.IMDBSentimentClassifier.setup = take
     main.main(sys.argv[:1])
@@ -208,7 +209,7 @@ def hugging_face(
             training.pause()
 
     def watched(step: Callable, meter: Meter) -> Callable:
-        def begin(model: Any, batch: main.Batch, *rest: Any, **named: Any) -> Any:
+        def begin(model: Any, batch: Batch, *rest: Any, **named: Any) -> Any:
             meter.begin(batch)
             return step(model, batch, *rest, **named)
 
@@ -291,19 +292,23 @@ def demo(samples: Samples, training: Meter, testing: Meter) -> float:
 
 def bare(samples: Samples, training: Meter, testing: Meter) -> float:
     torch.set_float32_matmul_precision("high")
-    settings = {f.name: f.value for f in FLAGS.get_key_flags_for_module("main")}
-    settings = {k: v for k, v in settings.items() if k not in main.RUN_FLAGS}
-    module = main.make_module(settings, samples["train"].features["label"].names)
+    settings, _ = main.take_flags()
+    names = samples["train"].features["label"].names
+    module = main.IMDBSentimentClassifier(names, **settings)
+    module.samples = samples
     # What the module asks of a Trainer.
-    plan = {
-        "precision": precision(),
-        "estimated_stepping_batches": steps(samples),
-    }
-    module.trainer = types.SimpleNamespace(global_rank=0, world_size=1, **plan)
+    progress = types.SimpleNamespace(current=types.SimpleNamespace(ready=0))
+    loop = types.SimpleNamespace(batch_progress=progress)
+    module.trainer = types.SimpleNamespace(
+        global_rank=0,
+        world_size=1,
+        estimated_stepping_batches=steps(samples),
+        fit_loop=types.SimpleNamespace(epoch_loop=loop),
+    )
     module.to(DEVICE)
     [optimizer], [schedule] = module.configure_optimizers()
     bf16 = {"dtype": torch.bfloat16, "enabled": precision() == "bf16-mixed"}
-    batches = module.batches(samples["train"], seed=FLAGS.seed)
+    batches = module.train_dataloader()
     for epoch in range(FLAGS.epochs):
         batches.sampler.set_epoch(epoch)
         for batch in map(send, batches):
@@ -318,7 +323,7 @@ def bare(samples: Samples, training: Meter, testing: Meter) -> float:
         training.pause()
     module.eval()
     logits = torch.autocast(DEVICE, **bf16)(lambda batch: module(batch["input_ids"]))
-    return test(logits, module.batches(samples["test"]), testing)
+    return test(logits, module.test_dataloader(), testing)
 
 
 def peak_memory() -> float:
@@ -359,7 +364,7 @@ def compete(name: str) -> Figures:
 
 def prepare(folder: str) -> torch.Tensor:
     """Saves the tokenised samples; returns the lengths of train's reviews, [N]."""
-    splits = main.load_splits(FLAGS.dataset)
+    splits = main.load_splits(FLAGS.flag_values_dict())
     # A tenth of the draw validates, as in main.py.
     sizes = {"train": round(FLAGS.reviews / 0.9), "test": FLAGS.test_reviews}
     for part, size in sizes.items():
@@ -367,9 +372,8 @@ def prepare(folder: str) -> torch.Tensor:
             draw = {"train_size": size, "stratify_by_column": "label"}
             parts = splits[part].train_test_split(**draw, seed=FLAGS.seed)
             splits[part] = parts["train"]
-    splits["val"], splits["train"] = main.stratified(splits["train"], 10, FLAGS.seed)
-    tokenizer = load_tokenizer()
-    samples = main.tokenise(splits, tokenizer, FLAGS.seq_length, FLAGS.truncation)
+    splits["val"], splits["train"] = main.draw(splits["train"], 10, FLAGS.seed)
+    samples = main.tokenise(datasets.DatasetDict(splits), load_tokenizer())
     samples.save_to_disk(folder)
     return torch.tensor(samples["train"]["length"][:]).double()
 
