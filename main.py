@@ -487,7 +487,11 @@ def mix(*numbers: int) -> int:
 
 
 def load_samples(settings: dict) -> Samples:
-    """Draws train, val and test; those without a split are a tenth of train."""
+    """Draws train, val and test; those without a split are a tenth of train.
+
+    Called wherever the samples are needed, by every process, as nothing hands them
+    on: the caches make it quick, the seed makes them the same.
+    """
     splits = load_splits(settings)
     percent, seed = settings["percent"], settings["seed"]
     if "test" not in splits:
@@ -547,7 +551,7 @@ def count_oddities(samples: Samples) -> dict[str, int]:
         "val_leaks": sum(text in labels for text in texts["val"]),
         "contradictory": sum(len(classes) > 1 for classes in labels.values()),
         "empty": sum(not text.strip() for text in everything),
-        "broken": sum("\n" in text for text in everything),
+        "line_breaks": sum("\n" in text for text in everything),
     }
 
 
@@ -681,7 +685,13 @@ def make_trainer(settings: dict, run: Path, step: int | None) -> pl.Trainer:
 
 
 def train(settings: dict, run: Path, step: int | None = None) -> None:
-    """Trains and validates, tests the best epoch, and exports it."""
+    """Trains and validates, tests the best epoch, and exports it.
+
+    For each further process, Lightning runs this program again, and it comes here
+    too: it trains on and scores its own share of the batches, and decides with the
+    others when to save. It says nothing, holds no lock, moves no earlier run, logs
+    nothing, and finishes nothing.
+    """
     start = time.perf_counter()
     check_processes(settings["devices"], settings["num_nodes"])
     ask_hub(settings)
@@ -695,6 +705,7 @@ def train(settings: dict, run: Path, step: int | None = None) -> None:
     trainer = make_trainer(settings, run, step)
     checkpoints = trainer.checkpoint_callback
     last = None if step is None else checkpoints.last
+    # Up to here nothing has changed on disk but the caches.
     with only_run(run), refusing_what_is_full(run), on_signals(checkpoints.stop):
         if step is None:
             clear(run)
@@ -986,12 +997,16 @@ def check_processes(devices: int, num_nodes: int) -> None:
 
 # Results: said on the way and at the end, computed, drawn and written.
 
+REMARKS = {
+    "val_leaks": "of val are in train, word for word",
+    "contradictory": "texts of train stand there with several labels",
+    "empty": "are empty",
+    "line_breaks": "hold line breaks: if not by intent, look for stray quotation marks",
+}
 CURVES = {
     "loss": ["Multiline", ["train_loss$", "val_loss"]],
     "accuracy": ["Multiline", ["train_acc$", "val_acc"]],
 }
-
-
 BAR = (
     "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
     "[{elapsed}<{remaining}, {rate_fmt}{postfix}]"
@@ -1088,17 +1103,9 @@ def say_data(module: IMDBSentimentClassifier) -> None:
         say("", "no test split: a tenth of train was drawn for it")
     odd = module.oddities
     say("", f"{odd['leaks']:,} of test are in train or val, word for word")
-    remarks = {
-        "of val are in train, word for word": odd["val_leaks"],
-        "texts of train stand there with several labels": odd["contradictory"],
-        "are empty": odd["empty"],
-        "hold line breaks: if not by intent, look for stray quotation marks": odd[
-            "broken"
-        ],
-    }
-    for remark, count in remarks.items():
-        if count:
-            say("", f"{count:,} {remark}")
+    for name, remark in REMARKS.items():
+        if odd[name]:
+            say("", f"{odd[name]:,} {remark}")
     cut = lengths.count(hp.seq_length) / len(lengths)
     limit = f"{hp.seq_length} word-pieces or more"
     say("", f"{cut:.0%} have {limit}: {hp.truncation}")
@@ -1508,10 +1515,11 @@ def match_labels(flag: str, splits: dict[str, Reviews]) -> Samples:
             known = reprlib.repr(names)
             refuse(f"{flag}: train has {known}, {part} has {reprlib.repr(unknown)}")
     classes = datasets.ClassLabel(names=names)
+    number = {name: n for n, name in enumerate(names)}
     matched = Samples()
     for part, split in splits.items():
         texts = split.select_columns("text")
-        numbers = classes.str2int(words[part])
+        numbers = [number[word] for word in words[part]]
         matched[part] = texts.add_column("label", numbers, feature=classes)
     return matched
 

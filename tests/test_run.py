@@ -86,7 +86,7 @@ def test_results_hold_metrics_sizes_flags_and_versions(trained, bert, reviews):
     parts = (
         "metrics baseline best_epoch tested confusion samples seconds flags versions"
     )
-    odd = "leaks val_leaks contradictory empty broken"
+    odd = "leaks val_leaks contradictory empty line_breaks"
     assert results.keys() == {*parts.split(), *odd.split()}
     assert results["tested"] == 47
     names = [f"{part}_{kind}" for part in ("val", "test") for kind in METRICS]

@@ -182,7 +182,7 @@ def ours(samples: Samples, training: Meter, testing: Meter) -> float:
     def take(module: pl.LightningModule, stage: str) -> None:
         # The samples are tokenised, and have no texts to compare.
         module.samples = samples
-        odd = ("leaks", "val_leaks", "contradictory", "empty", "broken")
+        odd = ("leaks", "val_leaks", "contradictory", "empty", "line_breaks")
         module.oddities = dict.fromkeys(odd, 0)
         module.fingerprint = ""
 
