@@ -729,7 +729,7 @@ def finish(module: IMDBSentimentClassifier, folder: Path, start: float) -> None:
     names = ("test_acc", "test_loss", "test_f1", "test_ece")
     figures = {name: results["metrics"][name] for name in names}
     # By another name: the curve of val_acc would run back to the chosen epoch.
-    figures["best_val_acc"] = results["metrics"]["val_acc"]
+    figures["val_acc_best"] = results["metrics"]["val_acc"]
     module.logger.log_hyperparams(module.hparams, figures, module.global_step)
     module.logger.save()
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
