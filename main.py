@@ -73,13 +73,15 @@ from transformers.models.bert import modeling_bert
 Reviews = datasets.Dataset
 Samples = datasets.DatasetDict  # train, val, test
 FLAGS = flags.FLAGS
-RUN_FLAGS = ("debug", "predict", "resume", "logdir")  # a resumed run may change them
+RUN_FLAGS = ("debug", "predict", "resume", "logdir")  # of a call, not saved with a run
 SAVE_EVERY = 600  # seconds after which the next step writes last.ckpt
 LOG_EVERY = 10  # steps; to read a number, the CPU waits for the GPU
 HUB_TIMEOUT = 3  # seconds
 SAY_EVERY = 60  # seconds between two lines of progress, at least
 SHOWN = 20  # classes, and errors, shown at most
-CACHE = f"cannot write to the cache, {datasets.config.HF_DATASETS_CACHE} (see HF_HOME)"
+CACHE_UNWRITABLE = (
+    f"cannot write to the cache, {datasets.config.HF_DATASETS_CACHE}: see HF_HOME"
+)
 
 # A second `%run main.py` in one Jupyter kernel defines the flags anew.
 if __name__ == "__main__":
@@ -242,15 +244,16 @@ class IMDBSentimentClassifier(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore="trained")
-        torch.manual_seed(self.hparams.seed)  # draws a new classifier
+        # A new classifier's weights follow from the seed.
+        torch.manual_seed(self.hparams.seed)
         self.tokenizer = load_tokenizer(self.hparams)
         self.pad = self.tokenizer.pad_token_id
         self.bert = load_bert(self.hparams, trained)
         speed_up(self.bert)
         self.samples: Samples | None = None  # until `setup`
         self.texts: Iterable[str] = ()  # to label
-        # Means over the epoch so far, saved for a resumed one. A look for NaN, their
-        # default, would make the CPU wait for the GPU.
+        # Means over the epoch so far, saved for a resumed one. By default they look for
+        # NaN, for which the CPU would wait for the GPU.
         self.mean_loss = torchmetrics.MeanMetric(nan_strategy="disable")
         self.mean_acc = torchmetrics.MeanMetric(nan_strategy="disable")
         self.mean_loss.persistent(True)
@@ -277,7 +280,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
 
     def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
         # Dropout follows from seed and step, so that a resumed run draws the same.
-        # `torch.manual_seed` would take a while for kinds of GPU that are not there.
+        # `torch.manual_seed` is slower: it also seeds kinds of GPU that are absent.
         seed = mix(self.hparams.seed, self.global_step, self.global_rank)
         torch.default_generator.manual_seed(seed)
         if self.device.type != "cpu":
@@ -307,12 +310,13 @@ class IMDBSentimentClassifier(pl.LightningModule):
             "speed": self.pieces / seconds * self.trainer.world_size,
             "lr": self.optimizers().param_groups[0]["lr"],
         }
-        self.draw_point(figures, self.global_step)
+        self.log_point(figures, self.global_step)
 
-    def draw_point(self, figures: dict[str, Any], step: int) -> None:
-        """Keeps figures for the terminal, and draws them in TensorBoard at `step`."""
+    def log_point(self, figures: dict[str, Any], step: int) -> None:
+        """Keeps figures for the terminal, and logs them to TensorBoard at `step`."""
         self.log_dict(figures, logger=False)
-        # Lightning itself would draw them after the step: never, if a signal ends it.
+        # Lightning writes them only after the step: a signal that ends the run there
+        # would lose them.
         if self.logger:
             self.logger.log_metrics(figures, step)
 
@@ -342,14 +346,14 @@ class IMDBSentimentClassifier(pl.LightningModule):
         }
 
     def on_validation_epoch_end(self) -> None:
-        # Those of train are drawn here, too, so that they are over the same epoch.
+        # Those of train are logged here, too, so that both are of the same epoch.
         means = {
             "train_loss_epoch": self.mean_loss.compute(),
             "train_acc_epoch": self.mean_acc.compute(),
         }
         self.mean_loss.reset()
         self.mean_acc.reset()
-        self.draw_point(self.score("val") | means, self.global_step - 1)
+        self.log_point(self.score("val") | means, self.global_step - 1)
 
     def on_test_epoch_end(self) -> None:
         # TensorBoard gets them at the end, with the hyper-parameters.
@@ -372,7 +376,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
             lr=hp.lr,
             betas=(hp.momentum, 0.999),
             weight_decay=hp.weight_decay,
-            # A fused one unscales float16's gradients itself: after we clip them.
+            # With a fused one, float16's gradients are still scaled when we clip them.
             fused=hp.precision != "16-mixed",
         )
         steps = self.trainer.estimated_stepping_batches
@@ -426,15 +430,13 @@ class IMDBSentimentClassifier(pl.LightningModule):
 
     def predict_dataloader(self) -> Iterator[dict[str, Tensor]]:
         """Batches `texts` as they come, a thousand at a time by length."""
-        texts = iter(self.texts)
-        start = 0
+        texts = enumerate(self.texts)
         while some := [*itertools.islice(texts, 1000)]:
-            reviews = tokenise(Reviews.from_dict({"text": some}), self.tokenizer)
+            columns = {"row": [row for row, _ in some], "text": [t for _, t in some]}
+            reviews = tokenise(Reviews.from_dict(columns), self.tokenizer)
             lengths = torch.tensor(reviews["length"][:])
             for rows in LengthGroupedBatches(lengths, self.hparams.batch_size).plan():
-                batch = self.collate(reviews[rows])
-                yield batch | {"rows": batch["rows"] + start}
-            start += len(some)
+                yield self.collate(reviews[rows])
 
     def collate(self, columns: dict[str, list]) -> dict[str, Tensor]:
         """Pads word-pieces to <int64>[B, T]; rows and labels are <int64>[B]."""
@@ -473,7 +475,8 @@ class IMDBSentimentClassifier(pl.LightningModule):
         for name in ("seq_length", "truncation"):
             setattr(self.bert.config, name, self.hparams[name])
         self.bert.save_pretrained(folder)
-        # As a BertTokenizer it would no longer drop `<br />`.
+        # A BertTokenizer makes its normalizer anew when it is loaded, without ours,
+        # which drops `<br />`.
         self.tokenizer.__class__ = transformers.PreTrainedTokenizerFast
         self.tokenizer.save_pretrained(folder)
 
@@ -489,25 +492,25 @@ def mix(*numbers: int) -> int:
 def load_samples(settings: dict) -> Samples:
     """Draws train, val and test; those without a split are a tenth of train.
 
-    Called wherever the samples are needed, by every process, as nothing hands them
-    on: the caches make it quick, the seed makes them the same.
+    Each process draws them itself, for the names of the classes and in the hooks
+    `prepare_data` and `setup`: the caches make it quick, the seed makes them the same.
     """
     splits = load_splits(settings)
     percent, seed = settings["percent"], settings["seed"]
     if "test" not in splits:
-        splits["test"], splits["train"] = draw(splits["train"], 10, seed)
+        splits["test"], splits["train"] = draw_share(splits["train"], 10, seed)
     if percent < 100:
         for part, split in splits.items():
-            splits[part], _ = draw(split, percent, seed)
+            splits[part], _ = draw_share(split, percent, seed)
     for name, count in count_classes(splits["train"]).items():
         if not count:
             refuse(f"--percent={percent}: none of class {name} was drawn: raise it")
     if "val" not in splits:
-        splits["val"], splits["train"] = draw(splits["train"], 10, seed)
+        splits["val"], splits["train"] = draw_share(splits["train"], 10, seed)
     return Samples({part: splits[part] for part in ("train", "val", "test")})
 
 
-def draw(reviews: Reviews, percent: int, seed: int) -> tuple[Reviews, Reviews]:
+def draw_share(reviews: Reviews, percent: int, seed: int) -> tuple[Reviews, Reviews]:
     """Returns a drawn percentage of each class, and the rest."""
     counts = {name: n for name, n in count_classes(reviews).items() if n}
     rarest = min(counts, key=counts.get)
@@ -526,7 +529,7 @@ def draw(reviews: Reviews, percent: int, seed: int) -> tuple[Reviews, Reviews]:
     parts = reviews.train_test_split(
         train_size=size, seed=seed, stratify_by_column="label"
     )
-    return parts["train"], parts["test"]
+    return parts["train"], parts["test"]  # as `datasets` calls the two
 
 
 def count_classes(sample: Reviews) -> dict[str, int]:
@@ -567,28 +570,26 @@ def fingerprint(samples: Samples, bert: torch.nn.Module) -> str:
 
 
 def tokenise(reviews: Any, tokenizer: Any) -> Any:
-    """Turns texts into word-pieces, and numbers the rows; cached by `datasets`.
+    """Turns texts into word-pieces; cached by `datasets`.
 
     `length` counts a text's word-pieces, `unknown` those that the model cannot read.
     """
 
-    def encode(columns: dict[str, list], rows: list[int]) -> dict[str, list]:
+    def encode(columns: dict[str, list]) -> dict[str, list]:
         texts = [text or "" for text in columns["text"]]
         encoded = tokenizer(texts, truncation=True, return_length=True)
         ids = encoded["input_ids"]
         return {
-            "row": rows,
             "input_ids": ids,
             "length": encoded["length"],
             "unknown": [review.count(tokenizer.unk_token_id) for review in ids],
         }
 
-    with refusing(CACHE, OSError):
+    with refusing(CACHE_UNWRITABLE, OSError):
         return reviews.map(
             encode,
             batched=True,
             batch_size=100,  # bounds the memory that long texts take
-            with_indices=True,
             remove_columns="text",
             desc="Tokenising",
         )
@@ -598,8 +599,8 @@ def tokenise(reviews: Any, tokenizer: Any) -> Any:
 class LengthGroupedBatches(torch.utils.data.Sampler):
     """Draws batches of reviews of like length, each review once.
 
-    The two longest lead, so that too large a batch fails at once: by the second, as
-    AdamW allocates its state in the first step.
+    The two longest lead: if memory is too small, the first two steps show it, as from
+    the second on it holds AdamW's state as well.
 
     The plan follows from seed and epoch alone. A resumed epoch makes it again and
     skips what is done. With dropout that follows from seed and step, running means
@@ -610,10 +611,10 @@ class LengthGroupedBatches(torch.utils.data.Sampler):
     """
 
     lengths: Tensor  # <int64>[N] word-pieces of each review
-    batch_size: int  # reviews, at most, save for one case: see `__len__`
+    batch_size: int  # reviews at most; two of a batch of one, see `__len__`
     rank: int = 0  # this process, of `world_size`
     world_size: int = 1
-    seed: int | None = None  # shuffles batches, and like lengths among them
+    seed: int | None = None  # shuffles batches, and reviews of nearly equal length
     progress: Any = None  # Lightning's count of batches done
     epoch: int = 0
 
@@ -665,7 +666,7 @@ def make_trainer(settings: dict, run: Path, step: int | None) -> pl.Trainer:
     )
     checkpoints = Checkpoints(run / "version_0" / "checkpoints")
     with refusing("--devices", pl.utilities.exceptions.MisconfigurationException):
-        checkpoints.trainer = pl.Trainer(
+        trainer = pl.Trainer(
             max_epochs=1 if FLAGS.debug else settings["epochs"],
             limit_train_batches=batches,
             limit_val_batches=batches,
@@ -681,16 +682,17 @@ def make_trainer(settings: dict, run: Path, step: int | None) -> pl.Trainer:
             enable_model_summary=False,
             num_sanity_val_steps=0,
         )
-    return checkpoints.trainer
+    checkpoints.trainer = trainer
+    return trainer
 
 
 def train(settings: dict, run: Path, step: int | None = None) -> None:
     """Trains and validates, tests the best epoch, and exports it.
 
-    For each further process, Lightning runs this program again, and it comes here
-    too: it trains on and scores its own share of the batches, and decides with the
-    others when to save. It says nothing, holds no lock, moves no earlier run, logs
-    nothing, and finishes nothing.
+    Each further process is this program, run again by Lightning, torchrun or SLURM,
+    and comes here too: it trains on and scores its own share of the batches, and
+    decides with the others when to save. It says nothing, holds no lock, moves no
+    earlier run, logs nothing, and finishes nothing.
     """
     start = time.perf_counter()
     check_processes(settings["devices"], settings["num_nodes"])
@@ -700,13 +702,16 @@ def train(settings: dict, run: Path, step: int | None = None) -> None:
     smallest = min(len(sample) for sample in samples.values())
     if settings["devices"] * settings["num_nodes"] > smallest:
         refuse(f"--devices: one sample has only {smallest} reviews")
+    fastest = fastest_precision()
+    if settings["precision"] == "bf16-mixed" != fastest:  # of a resumed run, say
+        say("Precision", f"bf16-mixed, slow on this machine: {fastest} is its fastest")
     names = samples["train"].features["label"].names
     module = IMDBSentimentClassifier(names, **settings)
     trainer = make_trainer(settings, run, step)
     checkpoints = trainer.checkpoint_callback
     last = None if step is None else checkpoints.last
     # Up to here nothing has changed on disk but the caches.
-    with only_run(run), refusing_what_is_full(run), on_signals(checkpoints.stop):
+    with only_run(run), refusing_what_is_full(run), on_signals(checkpoints.end):
         if step is None:
             clear(run)
         # `weights_only`: a checkpoint cannot run code.
@@ -725,10 +730,10 @@ def finish(module: IMDBSentimentClassifier, folder: Path, start: float) -> None:
     module.export(folder / "model")
     (folder / "model" / "README.md").write_text(model_card(results), "utf-8")
     list_predictions(module).to_csv(folder / "predictions.csv", index=False)
-    draw_results(module, results)
+    log_results(module, results)
     names = ("test_acc", "test_loss", "test_f1", "test_ece")
     figures = {name: results["metrics"][name] for name in names}
-    # By another name: the curve of val_acc would run back to the chosen epoch.
+    # By a name of its own: in val_acc it would be one point too many.
     figures["val_acc_best"] = results["metrics"]["val_acc"]
     module.logger.log_hyperparams(module.hparams, figures, module.global_step)
     module.logger.save()
@@ -742,7 +747,7 @@ def predict(settings: dict, given: dict, file: str) -> None:
     model = settings["model"]
     if not os.path.isdir(model):
         refuse(f"--predict: no model in {model}: train one, or name it by --model")
-    config = check_config(model, seq_length=3)
+    config = check_config(model, seq_length=3)  # at least; its own is in the config
     # Cut as in training, unless these flags say otherwise.
     for name in ("seq_length", "truncation"):
         settings[name] = given.get(name, config.get(name, settings[name]))
@@ -756,12 +761,13 @@ def predict(settings: dict, given: dict, file: str) -> None:
     trainer = pl.Trainer(
         precision=settings["precision"],
         devices=1,
-        callbacks=[Labels(names)],
+        callbacks=[LabelWriter(names)],
         enable_checkpointing=False,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    # `| head` ends it quietly.
     with refusing_what_is_full("stdout"), on_signals(signal.SIG_DFL, signal.SIGPIPE):
         trainer.predict(module, return_predictions=False)
 
@@ -811,15 +817,17 @@ class Checkpoints(pl.callbacks.Checkpoint):
         self.best_acc = state["best_acc"]
 
     def note(self, signum: int, _: Any) -> None:
-        """Has the run end after this step."""
+        """Has the run end, saved, after this step or validation."""
         self.signum = signum
+        if rank_zero_only.rank == 0:
+            os.write(2, b"\nStopping after this step, or this validation\n")
 
-    def stop(self, signum: int, _: Any = None) -> None:
+    def end(self, signum: int, _: Any = None) -> None:
         """Ends all processes of the run at once, where there is nothing to save."""
         how = f"; --resume goes on from {self.last}" if self.last.exists() else ""
         if self.trainer.world_size == 1:
             stop(signum, how=how)
-        # Each may wait for another, which a mere exit would do as well.
+        # Processes may be waiting for one another, and a plain exit would wait, too.
         launcher = self.trainer.strategy.launcher
         if launcher is not None:
             launcher.kill(signal.SIGKILL)
@@ -828,9 +836,9 @@ class Checkpoints(pl.callbacks.Checkpoint):
 
     def setup(self, *_: Any, **__: Any) -> None:
         # Lightning's own handler of SIGTERM would only end a training.
-        handle_signals(self.stop)
+        handle_signals(self.end)
         if self.signum:  # noted when training had just ended
-            self.stop(self.signum)
+            self.end(self.signum)
 
     def on_train_start(self, *_: Any) -> None:
         handle_signals(self.note)
@@ -838,15 +846,16 @@ class Checkpoints(pl.callbacks.Checkpoint):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         # Several processes wait for one another to decide: at few steps.
         is_due = trainer.global_step % trainer.log_every_n_steps == 0
-        # One of an epoch's last step would be resumed after the validation.
+        # Resumed from an epoch's last step, Lightning would skip the validation.
         if (is_due or trainer.world_size == 1) and not trainer.is_last_batch:
             self.save(time.monotonic() - self.saved > SAVE_EVERY)
 
     def on_validation_end(self, trainer: pl.Trainer, module: Any) -> None:
         acc = trainer.callback_metrics["val_acc"].item()
         self.best_acc = max(self.best_acc, acc)
-        # As rates fall, a later epoch is the better, unless it is worse than the
-        # best by a standard error [4].
+        # A later epoch, whose rate is lower, is the better one, unless it is worse than
+        # the best by a standard error. (Of the epochs within it the rule of [4] would
+        # take the simplest; this takes the latest.)
         variance = self.best_acc * (1 - self.best_acc)
         error = math.sqrt(variance / len(module.samples["val"]))
         if acc >= self.best_acc - error:
@@ -922,16 +931,18 @@ def only_run(run: Path) -> Iterator[None]:
     with refusing(f"--logdir={run.parent}: cannot write there", OSError):
         run.parent.mkdir(parents=True, exist_ok=True)
         lock.touch()
+    held = filelock.FileLock(lock, timeout=0)
     try:
-        with filelock.FileLock(lock, timeout=0):
-            lock.write_text(f"{os.getpid()} on {os.uname().nodename}")
-            try:
-                yield
-            finally:
-                lock.unlink()
+        held.acquire()
     except filelock.Timeout:
         holder = lock.read_text()
         refuse(f"--logdir={run.parent}: process {holder} runs in {run}")
+    lock.write_text(f"{os.getpid()} on {os.uname().nodename}")
+    try:
+        yield
+    finally:
+        lock.unlink()
+        held.release()
 
 
 @rank_zero_only
@@ -1001,11 +1012,11 @@ REMARKS = {
     "val_leaks": "of val are in train, word for word",
     "contradictory": "texts of train stand there with several labels",
     "empty": "are empty",
-    "line_breaks": "hold line breaks: if not by intent, look for stray quotation marks",
+    "line_breaks": "hold line breaks; in a csv, stray quotation marks make them",
 }
 CURVES = {
-    "loss": ["Multiline", ["train_loss$", "val_loss"]],
-    "accuracy": ["Multiline", ["train_acc$", "val_acc"]],
+    "loss": ["Multiline", ["train_loss$", "val_loss$"]],
+    "accuracy": ["Multiline", ["train_acc$", "val_acc$"]],
 }
 BAR = (
     "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
@@ -1107,8 +1118,8 @@ def say_data(module: IMDBSentimentClassifier) -> None:
         if odd[name]:
             say("", f"{odd[name]:,} {remark}")
     cut = lengths.count(hp.seq_length) / len(lengths)
-    limit = f"{hp.seq_length} word-pieces or more"
-    say("", f"{cut:.0%} have {limit}: {hp.truncation}")
+    kept = f"of longer ones the {hp.truncation} is kept"
+    say("", f"{cut:.0%} fill {hp.seq_length} word-pieces; {kept}")
     unknown = sum(sum(sample["unknown"][:]) for sample in module.samples.values())
     if unknown > 0.01 * sum(lengths):
         share = unknown / sum(lengths)
@@ -1120,7 +1131,7 @@ def spell(counts: dict[str, int]) -> str:
     return ", ".join(shown) + ", …" * (len(counts) > SHOWN)
 
 
-class Labels(pl.callbacks.Callback):
+class LabelWriter(pl.callbacks.Callback):
     """Writes labels and probabilities to stdout, a row for each text, in order."""
 
     def __init__(self, names: list[str]) -> None:
@@ -1189,7 +1200,7 @@ def summarise(module: IMDBSentimentClassifier, best: dict, seconds: float) -> di
 def list_predictions(module: IMDBSentimentClassifier) -> pandas.DataFrame:
     """Returns row, label, prediction and probabilities of each test review, in order.
 
-    `row` counts the rows of the test split from 0.
+    `row` counts the rows of the file that it is from, from 0.
     """
     names = module.hparams.label_names
     in_order = module.predictions[module.predictions[:, 0].argsort()]
@@ -1230,7 +1241,7 @@ def confusion_table(results: dict) -> str:
     return pandas.DataFrame(results["confusion"], names, names).to_string()
 
 
-def draw_results(module: IMDBSentimentClassifier, results: dict) -> None:
+def log_results(module: IMDBSentimentClassifier, results: dict) -> None:
     """Shows the test sample in TensorBoard: curves, table, errors."""
     log = module.logger.experiment
     step = module.global_step
@@ -1244,11 +1255,12 @@ def draw_results(module: IMDBSentimentClassifier, results: dict) -> None:
         table = textwrap.indent(confusion_table(results), "    ")  # as code
         log.add_text("test_confusion", table, step)
 
+    place = {row: n for n, row in enumerate(module.samples["test"]["row"][:])}
     certainty, predicted = probabilities.max(-1)
     wrong = (predicted != labels).nonzero().flatten()
     worst = []
     for i in wrong[certainty[wrong].argsort(descending=True)][:SHOWN]:
-        review = module.samples["test"][int(module.predictions[i, 0])]
+        review = module.samples["test"][place[int(module.predictions[i, 0])]]
         seen = module.tokenizer.decode(review["input_ids"][1:-1])
         verdict = f"{names[labels[i]]} taken for {names[predicted[i]]}"
         worst.append(f"1. **{verdict} at {certainty[i]:.1%}:** {seen}")
@@ -1279,7 +1291,8 @@ scored once, on the test sample, and on no texts of other origin:
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 PARTS = {"train": "train", "test": "test"}  # our samples by the names of splits
 PARTS |= dict.fromkeys(("validation", "valid", "val", "dev"), "val")
-# A cell of a tsv as a csv's writer leaves it: without quotation marks, or quoted.
+# A cell of a tsv that a csv's writer could have made: free of quotation marks, or
+# quoted as a whole.
 QUOTED = re.compile(r'[^"]*|"[^"]*(?:""[^"]*)*"')
 NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
 # What libraries raise of files that cannot be read, and of a Hub that cannot be asked.
@@ -1345,6 +1358,7 @@ def name_cache(paths: Iterable[Path]) -> str:
     """Names a cache by content, as files may change under their name and time."""
     content = hashlib.sha256()
     for path in sorted(paths):
+        content.update(f"{path.parent.name}/{path.name}".encode())
         content.update(path.read_bytes())
     return os.path.join(datasets.config.HF_DATASETS_CACHE, content.hexdigest()[:16])
 
@@ -1359,7 +1373,7 @@ def read_file(flag: str, path: Path, columns: dict[str, str]) -> Reviews:
         return take_columns(flag, split, columns)
     word = datasets.Value("string")
     features = {"line": datasets.Value("int64"), "text": word, "label": word}
-    with refusing(CACHE, OSError, datasets.exceptions.DatasetsError):
+    with refusing(CACHE_UNWRITABLE, OSError, datasets.exceptions.DatasetsError):
         return Reviews.from_generator(
             read_rows,
             features=datasets.Features(features),
@@ -1415,9 +1429,10 @@ def read_rows(flag: str, file: str, columns: dict[str, str]) -> Iterator[dict]:
     elif kind in (".txt", "") and "label" not in columns:
         rows = read_lines(file, columns)
     else:
-        refuse(f"{flag}: expected one of {', '.join(TABLES)}")
+        text = "" if "label" in columns else ", .txt"
+        refuse(f"{flag}: expected one of {', '.join(TABLES)}{text}")
     line = 0
-    with refusing(f"{flag}: cannot be read as UTF-8", OSError, UnicodeDecodeError):
+    with refusing(f"{flag}: cannot be read (as UTF-8)", OSError, UnicodeDecodeError):
         for line, row in rows:
             words = {"line": line}
             for name, column in columns.items():
@@ -1520,7 +1535,8 @@ def match_labels(flag: str, splits: dict[str, Reviews]) -> Samples:
     for part, split in splits.items():
         texts = split.select_columns("text")
         numbers = [number[word] for word in words[part]]
-        matched[part] = texts.add_column("label", numbers, feature=classes)
+        labelled = texts.add_column("label", numbers, feature=classes)
+        matched[part] = labelled.add_column("row", [*range(len(split))])
     return matched
 
 
@@ -1558,7 +1574,8 @@ def ask_hub(settings: dict) -> None:
         name = settings[flag]
         if os.path.exists(name):
             continue
-        if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        is_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)
+        if not is_name or Path(name).suffix.lower() in TABLES:
             default = FLAGS[flag].default
             hint = f": {default}?" if default.endswith(f"/{name}") else ""
             refuse(f"--{flag}={name}: no such file or folder, nor owner/name{hint}")
@@ -1732,7 +1749,7 @@ def attend(
     scaling: float,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attends without fused attention, slow in bf16: trains 1.33 times as fast.
+    """Avoids fused attention, which is slow in bf16 on a CPU: 1.33 times as fast.
 
     Above 256 word-pieces the probabilities, a third of a step's memory,
     are computed again for the gradient, by review.
@@ -1786,7 +1803,7 @@ def quieten() -> None:
         logging.getLogger(logger).setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # it raises what it logs
+    datasets.logging.set_verbosity(logging.CRITICAL)  # its errors are raised, too
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # no network for files
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -1800,12 +1817,13 @@ def quieten() -> None:
 
 
 def try_gpu() -> None:
-    """Refuses a GPU that this torch cannot use: too old, or its driver is."""
+    """Sets a GPU up, or refuses one that this torch cannot use, say with its driver."""
     if torch.cuda.is_available():
         other = "https://download.pytorch.org/whl/cu129"
+        version = torch.__version__.partition("+")[0]
         why = (
             "this torch cannot use the GPU: hide it by CUDA_VISIBLE_DEVICES= or, of an "
-            f"old driver, pip install torch=={torch.__version__} --index-url {other}"
+            f"old driver, pip install torch=={version} --index-url {other}"
         )
         with refusing(why, RuntimeError):
             torch.ones(1, device="cuda").sum().item()
@@ -1825,13 +1843,10 @@ def fastest_precision() -> str:
 
 
 def check_precision(precision: str) -> None:
-    """Refuses float16 without an NVIDIA GPU; tells where bf16 is emulated."""
+    """Refuses float16 without an NVIDIA GPU."""
     if precision == "16-mixed" and not torch.cuda.is_available():
         # Lightning would compute in bf16 without a word.
         refuse("--precision=16-mixed needs an NVIDIA GPU: take bf16-mixed or 32-true")
-    fastest = fastest_precision()
-    if precision == "bf16-mixed" and fastest != precision:
-        say("Precision", f"bf16-mixed, slow on this machine: {fastest} is its fastest")
 
 
 def take_flags() -> tuple[dict, dict]:

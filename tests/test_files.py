@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import pathlib
+import shutil
 from typing import Any
 
 import datasets
@@ -335,11 +336,15 @@ def test_empty_texts_are_taken_and_told(run, capsys):
     assert rows_of("own.jsonl")[-2:] == [("", "1"), ("", "0")]
 
 
-def test_null_texts_of_a_parquet_are_empty():
+def test_null_texts_of_a_parquet_are_empty(tokenizer):
     columns = {"text": ["a film", None] * 20, "label": ["a", "b"] * 20}
     write(pathlib.Path("data"), "parquet", columns, None)
     samples = load_samples("data", 100, seed=3)
     assert main.count_oddities(samples)["empty"] == 20
+    lengths = [
+        n for s in main.tokenise(samples, tokenizer).values() for n in s["length"]
+    ]
+    assert sorted(lengths) == [2] * 20 + [4] * 20  # [CLS] and [SEP] among them
 
 
 def test_blank_lines_are_no_reviews_to_train_on():
@@ -554,3 +559,25 @@ def test_equal_texts_of_train_with_several_labels_are_told(run, capsys):
     assert "1 texts of train stand there with several labels" in said
     assert "of val are in train, word for word" in said
     assert "several labels" not in told(run, capsys, CSV + "a,0\nb,1\n")
+
+
+def test_rows_of_predictions_are_those_of_a_lone_file(run):
+    """Of which test is a tenth, drawn at random."""
+    spoil({"own.csv": CSV})
+    folder = run(dataset="own.csv", percent=100)
+    with open(folder / "predictions.csv") as file:
+        rows = [*csv.DictReader(file)]
+    assert len(rows) == 4
+    for row in rows:
+        assert row["label"] == LABELS[int(row["row"])]
+    samples = load_samples("own.csv", 100, seed=3)
+    for sample in samples.values():
+        texts = zip(sample["row"][:], sample["text"][:], strict=True)
+        assert all(TEXTS[row] == text for row, text in texts)
+
+
+def test_classes_renamed_in_a_tree_are_read_anew():
+    for name in ("neg", "bad"):
+        spoil({f"tree/train/{name}/1.txt": "a", "tree/train/pos/2.txt": "b"})
+        assert name in load_splits("tree")["train"].features["label"].names
+        shutil.rmtree("tree")

@@ -43,7 +43,7 @@ def test_no_step_waits_for_the_gpu_but_those_that_log(walks):
     assert ours == {
         # The 5th step, the 10th, and the last of the epoch: is the loss finite?
         "reads a value in main.py: log_step": 3,
-        "copies from the CPU in main.py: draw_point": 3,
+        "copies from the CPU in main.py: log_point": 3,
         # Once an epoch: what is said and drawn of it.
         "reads a value in main.py: score": 1,
         "copies to the CPU in main.py: score": 1,
@@ -113,12 +113,22 @@ def test_attention_by_cudnn_is_off(run):
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
-def test_bf16_that_is_emulated_is_told(monkeypatch, capsys):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    for bf16, told in ((False, 1), (True, 0)):
-        monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda bf16=bf16, **_: bf16)
-        main.check_precision("bf16-mixed")
-        assert capsys.readouterr().out.count("16-mixed is its fastest") == told
+@pytest.mark.parametrize("fastest, told", [("32-true", 1), ("bf16-mixed", 0)])
+def test_bf16_that_is_emulated_is_told(run, monkeypatch, capsys, fastest, told):
+    """As where a run is resumed on another machine."""
+    monkeypatch.setattr(main, "fastest_precision", lambda: fastest)
+    run(debug=True, precision="bf16-mixed")
+    said = capsys.readouterr().out
+    assert said.count("slow on this machine: 32-true is its fastest") == told
+
+
+def test_labels_on_stdout_are_labels_alone(trained, tmp_path, run, monkeypatch, capsys):
+    monkeypatch.setattr(main, "fastest_precision", lambda: "32-true")
+    (tmp_path / "new.txt").write_text("a fine film\n")
+    model = str(trained / "model")
+    run(predict=str(tmp_path / "new.txt"), model=model, precision="bf16-mixed")
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "label,neg,pos" and len(said) == 2
 
 
 def test_dropout_seeds_the_generators_of_the_cpu_and_of_its_device(monkeypatch):

@@ -577,14 +577,14 @@ def test_a_full_disk_is_told_in_one_line(run, monkeypatch, whole, name):
 CONFIG = "logs/imdb/version_0/model/config.json"
 MODEL = "logs/imdb/version_0/model/model.safetensors"
 PREDICT = {
-    "no such file": Case(["new.tsv"], flags={"predict": "new.tsv"}),
+    "no such file": Case(["new.tsv", "No such file"], flags={"predict": "new.tsv"}),
     "a folder": Case(["data"], flags={"predict": "data"}),
     "no name": Case(["--predict=: "], flags={"predict": ""}),
     "an ending that is not read": Case(
         ["expected one of .csv"], {"new.xlsx": "PK"}, {"predict": "new.xlsx"}),
     "a packed file": Case(
         ["expected one of .csv"], {"a.csv.gz": b"\x1f\x8b"}, {"predict": "a.csv.gz"}),
-    "a log": Case(["expected one of"], {"new.log": "a"}, {"predict": "new.log"}),
+    "a log": Case([".parquet, .txt"], {"new.log": "a"}, {"predict": "new.log"}),
     "no text": Case(["text", "['review']", "--text_column"],
                     {"new.csv": "review\na film\n"}),
     "no text in a jsonl": Case(["text", "['a']"], {"new.jsonl": '{"a": 1}'},

@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
     test = script.load_splits(FLAGS.flag_values_dict())["test"]
     if FLAGS.reviews < len(test):
         percent = round(100 * FLAGS.reviews / len(test))
-        test, _ = script.draw(test, percent, seed=0)
+        test, _ = script.draw_share(test, percent, seed=0)
     names = test.features["label"].int2str(test["label"][:])
     settings = [setting.strip() for setting in FLAGS.grid.split(";")]
     tables = {setting: pandas.DataFrame() for setting in settings}
