@@ -498,33 +498,35 @@ def load_samples(settings: dict) -> Samples:
     splits = load_splits(settings)
     percent, seed = settings["percent"], settings["seed"]
     if "test" not in splits:
-        splits["test"], splits["train"] = draw_share(splits["train"], 10, seed)
+        splits["test"], splits["train"] = draw_share(splits["train"], "test", 10, seed)
     if percent < 100:
         for part, split in splits.items():
-            splits[part], _ = draw_share(split, percent, seed)
+            splits[part], _ = draw_share(split, part, percent, seed)
     for name, count in count_classes(splits["train"]).items():
         if not count:
             refuse(f"--percent={percent}: none of class {name} was drawn: raise it")
     if "val" not in splits:
-        splits["val"], splits["train"] = draw_share(splits["train"], 10, seed)
+        splits["val"], splits["train"] = draw_share(splits["train"], "val", 10, seed)
     return Samples({part: splits[part] for part in ("train", "val", "test")})
 
 
-def draw_share(reviews: Reviews, percent: int, seed: int) -> tuple[Reviews, Reviews]:
-    """Returns a drawn percentage of each class, and the rest."""
+def draw_share(
+    reviews: Reviews, part: str, percent: int, seed: int
+) -> tuple[Reviews, Reviews]:
+    """Returns a drawn percentage of each class, to be a part, and the rest."""
     counts = {name: n for name, n in count_classes(reviews).items() if n}
-    rarest = min(counts, key=counts.get)
     classes = len(counts)
+    rarest = min(counts, key=counts.get)
+    least = f"class {reprlib.repr(rarest)}, the rarest, has {counts[rarest]}"
     size = round(len(reviews) * percent / 100)
+    why = f"{part}: {percent} % of {len(reviews):,} reviews"
     if counts[rarest] < 2:
-        name = reprlib.repr(rarest)
-        refuse(f"class {name} has 1 review, 2 are needed: add some, or raise --percent")
+        refuse(f"{why}: {least}, and 2 of each are needed: add some, or leave it out")
     if not classes <= size <= len(reviews) - classes:
-        least = math.ceil(classes * 100 / min(percent, 100 - percent))
+        needed = math.ceil(classes * 100 / min(percent, 100 - percent))
         refuse(
-            f"{percent} % of {len(reviews):,} reviews of {classes} classes, "
-            f"{reprlib.repr(rarest)} with {counts[rarest]} the rarest, cannot hold all:"
-            f" {least:,} reviews are needed, or another --percent"
+            f"{why} cannot hold all {classes} classes ({least}): {needed:,} such "
+            "reviews are needed, or another --percent"
         )
     parts = reviews.train_test_split(
         train_size=size, seed=seed, stratify_by_column="label"
@@ -867,7 +869,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
         decide = self.trainer.strategy.reduce_boolean_decision
         if decide(due or self.signum > 0, all=False):
             self.trainer.save_checkpoint(self.last)
-            self.trainer.logger.save()
+            self.trainer.logger.save()  # what is logged may still be in memory
             self.saved = time.monotonic()
             if decide(self.signum > 0, all=False):
                 signum = self.signum or signal.SIGTERM
@@ -1309,6 +1311,8 @@ def load_splits(settings: dict) -> Samples:
     dataset = settings["dataset"]
     flag = f"--dataset={dataset}"
     columns = {"text": settings["text_column"], "label": settings["label_column"]}
+    if columns["text"] == columns["label"]:
+        refuse(f"--text_column and --label_column are both {columns['text']}")
     files = find_files(flag, Path(dataset))
     splits = {
         part: read_file(f"{flag}: {path.name}", path, columns)
@@ -1339,19 +1343,27 @@ def find_files(flag: str, path: Path) -> dict[str, Path]:
 
 def load_hub(flag: str, name: str, columns: dict[str, str]) -> dict[str, Reviews]:
     """Loads a dataset by its name, or from a folder that is laid out as on the Hub."""
-    cache = None
-    if os.path.isdir(name):
-        inside = [p for p in Path(name).rglob("*") if p.suffix.lower() in TABLES]
-        if not inside or glob.escape(name) != name:
-            refuse(f"{flag}: expected a file named train.csv, .tsv, .jsonl or .parquet")
-        cache = name_cache(inside)
-    with loading("dataset", name):
-        loaded = datasets.load_dataset(name, cache_dir=cache)
-    return {
-        PARTS[part]: take_columns(f"{flag}: {part}", split, columns)
-        for part, split in loaded.items()
-        if part in PARTS
-    }
+    if not os.path.isdir(name):
+        with loading("dataset", name):
+            loaded = datasets.load_dataset(name)
+        splits = {
+            part: take_columns(f"{flag}: {part}", split, columns)
+            for part, split in loaded.items()
+            if part in PARTS
+        }
+    else:
+        if glob.escape(name) != name:
+            refuse(f"{flag}: expected train.csv in it, say, or no *?[ in its name")
+        with refusing(f"{flag}: expected train.csv in it, say", *UNREADABLE):
+            builder = datasets.load_dataset_builder(os.path.abspath(name))
+        splits = {
+            part: datasets.concatenate_datasets(
+                [read_file(f"{flag}: {part}", Path(file), columns) for file in files]
+            )
+            for part, files in builder.config.data_files.items()
+            if part in PARTS
+        }
+    return {PARTS[part]: split for part, split in splits.items()}
 
 
 def name_cache(paths: Iterable[Path]) -> str:
@@ -1394,18 +1406,22 @@ def take_columns(flag: str, split: Reviews, columns: dict[str, str]) -> Reviews:
     for name, column in columns.items():
         if column not in split.column_names:
             refuse_column(flag, name, column, split.column_names)
+        kind = split.features[column]
+        is_word = isinstance(kind, datasets.Value | datasets.ClassLabel)
+        if not is_word or kind.dtype.endswith("binary"):
+            refuse(f"{flag}: expected words in {column}, found {reprlib.repr(kind)}")
     split = split.select_columns([*columns.values()])
     split = split.rename_columns({column: name for name, column in columns.items()})
-    with refusing(f"{flag}: expected texts in {columns['text']}", *UNREADABLE):
-        return split.cast_column("text", datasets.Value("string"))
+    return split.cast_column("text", datasets.Value("string"))
 
 
-def refuse_column(flag: str, name: str, column: str, found: list[str]) -> NoReturn:
-    hint = ", or label its texts by --predict" if name == "label" else ""
-    refuse(
-        f"{flag}: no column {column}, found {reprlib.repr(found)}: a csv's first line "
-        f"names its columns, with commas between; give --{name}_column{hint}"
-    )
+def refuse_column(
+    flag: str, name: str, column: str, found: list[str], hint: str = ""
+) -> NoReturn:
+    if name == "label":
+        hint += ", or label its texts by --predict"
+    found = reprlib.repr(found)
+    refuse(f"{flag}: no column {column}, found {found}: give --{name}_column{hint}")
 
 
 def read_rows(flag: str, file: str, columns: dict[str, str]) -> Iterator[dict]:
@@ -1419,7 +1435,7 @@ def read_rows(flag: str, file: str, columns: dict[str, str]) -> Iterator[dict]:
     path = Path(file)
     kind = path.suffix.lower()
     if path.is_dir() and "label" in columns:
-        rows = read_folder(path, columns)
+        rows = read_folder(flag, path, columns)
     elif kind in (".csv", ".tsv"):
         rows = read_csv(flag, path, columns)
     elif kind in (".json", ".jsonl"):
@@ -1429,19 +1445,30 @@ def read_rows(flag: str, file: str, columns: dict[str, str]) -> Iterator[dict]:
     elif kind in (".txt", "") and "label" not in columns:
         rows = read_lines(file, columns)
     else:
-        text = "" if "label" in columns else ", .txt"
-        refuse(f"{flag}: expected one of {', '.join(TABLES)}{text}")
+        more = "" if "label" in columns else ", .txt, or - for stdin"
+        refuse(f"{flag}: expected one of {', '.join(TABLES)}{more}")
+    hints = {
+        ".csv": "; the first line names the columns, with commas between",
+        ".tsv": "; the first line names the columns, with tabs between",
+    }
     line = 0
-    with refusing(f"{flag}: cannot be read (as UTF-8)", OSError, UnicodeDecodeError):
+    with (
+        refusing(f"{flag}: cannot be read", OSError),
+        refusing(f"{flag}: cannot be read, save it as UTF-8", UnicodeDecodeError),
+    ):
         for line, row in rows:
             words = {"line": line}
             for name, column in columns.items():
                 if column not in row:
-                    refuse_column(flag, name, column, [*row])
+                    hint = hints.get(kind, f" (line {line})")
+                    refuse_column(flag, name, column, [*row], hint)
                 value = row[column]
-                if isinstance(value, list | dict):
+                if isinstance(value, list | dict | bytes):
                     refuse(f"{flag}: line {line}: {column} holds {reprlib.repr(value)}")
-                words[name] = "" if value is None else str(value)
+                # NaN, as pandas writes what is missing, differs from itself.
+                word = "" if value is None or value != value else str(value)
+                # Half an emoji, as JSON may hold, cannot be written as UTF-8.
+                words[name] = word.encode("utf-8", "replace").decode()
             yield words
     if not line:
         refuse(f"{flag}: found no reviews")
@@ -1459,7 +1486,10 @@ def read_csv(flag: str, path: Path, columns: dict) -> Iterator[tuple[int, dict]]
             file.seek(0)
         reader = csv.reader(file, strict=True, **options)
         try:
-            header = next(reader, [])
+            header = next((cells for cells in reader if cells), [])
+            for column in columns.values():
+                if header.count(column) > 1:
+                    refuse(f"{flag}: expected one column {column}, found several")
             for cells in reader:
                 line = reader.line_num
                 if not cells and "label" in columns:
@@ -1468,7 +1498,8 @@ def read_csv(flag: str, path: Path, columns: dict) -> Iterator[tuple[int, dict]]
                 if len(cells) != len(header):
                     refuse(
                         f"{flag}: line {line}: expected {len(header)} columns, found "
-                        f'{len(cells)}: a text with a comma is written "in marks"'
+                        f"{len(cells)}: in a csv a text with a comma is written "
+                        '"in marks"; in a tsv none holds a tab or a line break'
                     )
                 yield line, dict(zip(header, cells, strict=True))
         except csv.Error as error:
@@ -1485,7 +1516,8 @@ def read_json(flag: str, path: Path) -> Iterator[tuple[int, dict]]:
     for line, piece in enumerate([text] if is_list else text.split("\n"), 1):
         if not piece.strip():
             continue
-        with refusing(f"{flag}: line {line}: expected JSON", ValueError):
+        why = f"{flag}: line {line}: expected an object in JSON a line, or one list"
+        with refusing(why, ValueError):
             found = json.loads(piece)
         for number, row in enumerate(found if is_list else [found], line):
             if not isinstance(row, dict):
@@ -1499,17 +1531,18 @@ def read_parquet(flag: str, file: str) -> Iterator[tuple[int, dict]]:
 
 
 def read_lines(file: str, columns: dict) -> Iterator[tuple[int, dict]]:
-    stdin = contextlib.nullcontext(sys.stdin)
-    with stdin if file == "-" else open(file, encoding="utf-8-sig") as texts:
+    name = 0 if file == "-" else file  # stdin's number
+    with open(name, encoding="utf-8-sig", closefd=file != "-") as texts:
         for line, text in enumerate(texts, 1):
             yield line, {columns["text"]: text.rstrip("\n")}
 
 
-def read_folder(path: Path, columns: dict) -> Iterator[tuple[int, dict]]:
+def read_folder(flag: str, path: Path, columns: dict) -> Iterator[tuple[int, dict]]:
     """Yields the texts of aclImdb's own tree: train/pos/0_9.txt, say."""
-    files = [f for f in path.glob("*/*.txt") if f.parent.name != "unsup"]
+    files = [f for f in path.glob("[!.]*/[!.]*.txt") if f.parent.name != "unsup"]
     for number, file in enumerate(sorted(files), 1):
-        text = file.read_text("utf-8")
+        with refusing(f"{flag}: {file}: cannot be read", OSError, UnicodeDecodeError):
+            text = file.read_text("utf-8-sig")
         yield number, {columns["text"]: text, columns["label"]: file.parent.name}
 
 
@@ -1523,7 +1556,8 @@ def match_labels(flag: str, splits: dict[str, Reviews]) -> Samples:
     elif all(NUMBER.fullmatch(name) for name in names):
         names.sort(key=float)  # 9 before 10
     if len(names) < 2:
-        refuse(f"{flag}: expected two classes or more, found {names}")
+        found = reprlib.repr(names)
+        refuse(f"{flag}: expected two classes or more, found {found}")
     for part in splits:
         unknown = sorted({*words[part]} - {*names})
         if unknown:
@@ -1548,7 +1582,8 @@ def spell_labels(flag: str, split: Reviews) -> list[str]:
         labels = [
             feature.names[n] if n in range(len(feature.names)) else "" for n in labels
         ]
-    words = ["" if label is None else str(label) for label in labels]
+    # NaN, as pandas writes what is missing, differs from itself.
+    words = ["" if n is None or n != n else str(n) for n in labels]
     blank = [row for row, word in enumerate(words) if not word.strip()]
     if blank:
         known = "line" in split.column_names

@@ -5,6 +5,7 @@ A table of refusals spoils sound files, and gives words that the line must hold.
 
 import csv
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -64,12 +65,12 @@ configs:
 ---
 """
 DATA = {
-    "an empty folder": Case(["expected a file named train.csv"], {"data/*": None}),
+    "an empty folder": Case(["expected train.csv in it"], {"data/*": None}),
     "a card that leads elsewhere": Case(
-        ["cannot be loaded"],
+        ["expected train.csv in it"],
         {"data/*": None, "data/a.csv": CSV, "data/README.md": EVIL_CARD}),
     "a loading script": Case(
-        ["expected a file named train.csv"],
+        ["expected train.csv in it"],
         {"data/*": None, "data/data.py": "1", "data/__init__.py": ""}),
     "no train file": Case(["named train", "['test']"], {"data/train.csv": None}),
     "csv and jsonl": Case(
@@ -95,6 +96,15 @@ DATA = {
     "a latin-1 tsv": Case(["UTF-8"], both(f"{TSV}é\t1\n".encode("latin-1"), "tsv")),
     "a latin-1 jsonl": Case(["UTF-8"], both(
         JSONL.encode() + '{"text": "é"}'.encode("latin-1"), "jsonl")),
+    "two columns of texts": Case(
+        ["one column text, found several"], both("text,label,text\n" + "a,1,b\n" * 9)),
+    "two columns of labels": Case(["one column label, found several"],
+        both("text\tlabel\tlabel\n" + "a\t1\t2\n" * 9, "tsv")),
+    "one column for both": Case(["--text_column and --label_column are both text"], {},
+                                {"label_column": "text"}),
+    "a csv of another name with a comma too many": Case(
+        ["line 2", "found 3"],
+        {"data/*": None, "data/a.csv": "text,label\n" + "fine, film,pos\n" * 9}),
     "a broken jsonl": Case(["line 41", "JSON"], both(JSONL + '{"text": "', "jsonl")),
     "a jsonl of lists": Case(["line 1", "JSON"], both("[1, 2]\n[3, 4]\n", "jsonl")),
     "a jsonl of words": Case(["line 2", "object"], both('{"text": "a"}\n"b"', "jsonl")
@@ -110,6 +120,8 @@ DATA = {
     "no label in a parquet": Case(["no column label", "['text']"], {
         "data/*": None, "data/train.parquet": lambda _: b""}),
     "semicolons": Case(["['text;label']", "commas"], both(CSV.replace(",", ";"))),
+    "no key in a line": Case(["no column label", "line 41"], both(
+        JSONL + '{"text": "a"}\n', "jsonl")),
     "no header": Case(["first line", "a boring film 0"],
                       both(CSV.partition("\n")[2])),
     "labels missing": Case(
@@ -147,22 +159,24 @@ def test_data_are_refused(refused, case):
     if case is DATA["no label in a parquet"]:
         write(pathlib.Path("data"), "parquet", {"text": ["a", "b"]}, None)
         os.remove("data/train.csv")
-    case.words[:0] = ["main.py: --dataset="]
+    if "label_column" not in case.flags:
+        case.words[:0] = ["main.py: --dataset="]
     refused(case, **{"dataset": "data", "percent": 100} | case.flags)
 
 
 SMALL = {
     "ten reviews": Case(
-        ["10 % of 10 reviews of 2 classes", "20 reviews are needed"],
-        both("text,label\n" + "a,0\nb,1\n" * 5)),
+        ["test: 10 % of 10 reviews", "2 classes", "20 such reviews are needed"],
+        {"data/*": None, "data/train.csv": "text,label\n" + "a,0\nb,1\n" * 5}),
     "a class of one review": Case(
-        ["class '2' has 1 review", "2 are needed"], both(CSV + "a film,2\n")),
+        ["val: 10 % of 41", "class '2', the rarest, has 1", "2 of each are needed"],
+        both(CSV + "a film,2\n")),
     "a class of one test review": Case(
-        ["class '2' has 1 review"],
+        ["test: 50 % of 41", "class '2', the rarest, has 1"],
         {"data/train.csv": CSV + "a film,2\n" * 9, "data/test.csv": CSV + "b,2\n"},
         {"percent": 50}),
     "a small share": Case(
-        ["1 % of 40 reviews", "200 reviews are needed", "--percent"], {},
+        ["1 % of 40 reviews", "200 such reviews are needed", "--percent"], {},
         {"percent": 1}),
     "a share too large": Case(
         ["99 % of 40 reviews", "--percent"], {}, {"percent": 99}),
@@ -170,7 +184,7 @@ SMALL = {
         ["--percent=20", "class rare"], train("a,rare\nb,rare\n"),
         {"percent": 20}),
     "text and label swapped": Case(
-        ["class 'a ", "1 review"], {},
+        ["class 'a ", "has 1"], {},
         {"text_column": "label", "label_column": "text"}),
 }  # fmt: skip
 
@@ -200,6 +214,35 @@ def test_labels_of_minus_one_are_refused(refused, part):
     write(pathlib.Path("parquet"), "parquet", **columns, names=["neg", "pos"])
     words = [f"{part}: 2 rows lack a label, lines 39, 40"]
     refused(Case(words), dataset="parquet", percent=100)
+
+
+NO_WORDS = {
+    "bytes": [b"a film", b"a song"] * 20,
+    "lists": [["a"], ["b"]] * 20,
+    "structs": [{"x": "a"}, {"x": "b"}] * 20,
+}
+
+
+@pytest.mark.parametrize("column", ["text", "label"])
+@pytest.mark.parametrize("kind", NO_WORDS)
+def test_a_parquets_columns_that_hold_no_words_are_refused(refused, column, kind):
+    columns = {"text": TEXTS, "label": LABELS, column: NO_WORDS[kind]}
+    pandas.DataFrame(columns).to_parquet("own.parquet")
+    refused(Case([f"expected words in {column}"]), dataset="own.parquet")
+    if column == "text":
+        model = "logs/imdb/version_0/model"
+        refused(Case(["line 1: text holds"]), predict="own.parquet", model=model)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_nan_is_a_missing_label(refused, kind):
+    table = pandas.DataFrame(
+        {"text": TEXTS, "label": [1.0, 2.0] * 19 + [1.0, math.nan]}
+    )
+    table.to_parquet("own.parquet")
+    rows = table.to_dict("records")
+    spoil({"own.jsonl": "".join(json.dumps(row) + "\n" for row in rows)})
+    refused(Case(["1 rows lack a label, lines 40"]), dataset=f"own.{kind}")
 
 
 # Read, as what they are.
@@ -388,6 +431,8 @@ def test_acl_imdbs_own_tree_is_read():
     rows = [(n, ("neg", "pos")[n % 2]) for n in range(12)]
     for part in ("train", "test"):
         spoil({f"aclImdb/{part}/{k}/{n}_1.txt": f"{part} {k} {n}" for n, k in rows})
+    spoil({"aclImdb/train/.ipynb_checkpoints/1_1.txt": "a copy"})
+    spoil({"aclImdb/train/pos/._1_1.txt": b"\0\xff"})
     spoil({f"aclImdb/train/unsup/{n}_0.txt": "nobody judged this" for n in range(9)})
     spoil({"aclImdb/imdb.vocab": "the", "aclImdb/train/urls_pos.txt": "http://x"})
     splits = load_splits("aclImdb")
@@ -395,6 +440,28 @@ def test_acl_imdbs_own_tree_is_read():
         assert split.features["label"].names == ["neg", "pos"]
         found = [*zip(split["text"][:], labels_of(split), strict=True)]
         assert sorted(found) == sorted((f"{part} {k} {n}", k) for n, k in rows)
+
+
+def test_half_an_emoji_is_kept_as_a_question_mark():
+    spoil({"own.jsonl": JSONL + r'{"text": "a film \ud83d", "label": 1}'})
+    assert rows_of("own.jsonl")[-1] == ("a film ?", "1")
+    assert predicted("own.jsonl")[-1] == "a film ?"
+
+
+def test_a_folder_of_one_table_of_any_name_is_read_as_the_table_is():
+    odd = CSV + "NA,007\nnull,True\n1.50,007\n"
+    spoil({"folder/reviews.csv": odd, "alone.csv": odd})
+    assert rows_of("folder") == rows_of("alone.csv")
+    os.chdir("folder")
+    assert rows_of(".") == rows_of("../alone.csv")
+
+
+def test_tables_in_a_folder_named_like_a_table_are_read():
+    """As Spark writes them."""
+    halves = CSV.splitlines(keepends=True)
+    spoil({"data/train.csv/part-0.csv": "".join(halves[:21])})
+    spoil({"data/train.csv/part-1.csv": halves[0] + "".join(halves[21:])})
+    assert rows_of("data/train.csv") == [*zip(TEXTS, LABELS, strict=True)]
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "tsv", "parquet"])
@@ -460,6 +527,7 @@ SOUND = {
         "data/my test notes.csv": "x,y\n1,2\n", "data/test/0.csv": CSV},
     "one csv and one jsonl": {"data/test.csv": None, "data/test.jsonl": JSONL},
     "tabs": both(TSV, "tsv"),
+    "a blank line before the header": both("\n" + CSV),
     "carriage returns": both(CSV.replace("\n", "\r\n")),
     "carriage returns alone": both(CSV.replace("\n", "\r")),
     "carriage returns among tabs": both(TSV.replace("\n", "\r\n"), "tsv"),

@@ -567,6 +567,7 @@ def test_a_full_disk_is_told_in_one_line(run, monkeypatch, whole, name):
     monkeypatch.setattr(torch, "save", to_full_disk)
     with pytest.raises(SystemExit, match=f"cannot save .*{name}.ckpt.* disk full"):
         run()
+    assert not [*pathlib.Path("logs").rglob("*.partial")]
     assert [path.name for path in pathlib.Path("logs").glob("[!.]*")] == [
         "imdb"
     ]  # no lock

@@ -1,7 +1,6 @@
 """What a run leaves: files, numbers, lines; and what it leaves alone."""
 
 import csv
-import io
 import json
 import os
 import pathlib
@@ -670,7 +669,9 @@ def test_predict_labels_each_review_in_order_as_the_pipeline_does(
     file = str(tmp_path / f"test.{kind}")
     if kind == "-":
         file = "-"
-        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(texts) + "\n"))
+        (tmp_path / "stdin.txt").write_text("\n".join(texts) + "\n", "utf-8")
+        stdin = os.open(tmp_path / "stdin.txt", os.O_RDONLY)
+        os.dup2(stdin, 0)
     elif kind == "txt":
         pathlib.Path(file).write_text("\n".join(texts) + "\n")
     else:
@@ -764,3 +765,15 @@ def test_the_demo_shows_a_run_that_learns(tmp_path, monkeypatch, capsys):
     assert shown.startswith(f"$ python {demo.MAIN} --dataset={folder}/reviews ")
     assert "Epoch 1" in shown and "Epoch 2" not in shown and "accuracy" in shown
     assert shown.endswith(f"lie in {folder}\n")
+
+
+def test_what_is_logged_is_on_disk_whenever_a_run_is_saved(tmp_path):
+    """Where TensorFlow writes the log, its points else wait in memory."""
+    checkpoints = main.Checkpoints(tmp_path)
+    trainer = checkpoints.trainer = mock.Mock()
+    trainer.strategy.reduce_boolean_decision = lambda value, all: value
+    checkpoints.save(due=False)
+    assert not trainer.save_checkpoint.called
+    checkpoints.save(due=True)
+    trainer.save_checkpoint.assert_called_once_with(tmp_path / "last.ckpt")
+    trainer.logger.save.assert_called_once_with()

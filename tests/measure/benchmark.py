@@ -372,7 +372,9 @@ def prepare(folder: str) -> torch.Tensor:
             draw = {"train_size": size, "stratify_by_column": "label"}
             parts = splits[part].train_test_split(**draw, seed=FLAGS.seed)
             splits[part] = parts["train"]
-    splits["val"], splits["train"] = main.draw_share(splits["train"], 10, FLAGS.seed)
+    splits["val"], splits["train"] = main.draw_share(
+        splits["train"], "val", 10, FLAGS.seed
+    )
     samples = main.tokenise(datasets.DatasetDict(splits), load_tokenizer())
     samples.save_to_disk(folder)
     return torch.tensor(samples["train"]["length"][:]).double()
