@@ -1,6 +1,7 @@
 """What holds on a GPU, told without one: made-up devices, and float16 on a CPU."""
 
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -29,7 +30,7 @@ def walks():
     path = f"{script.parent}:{script.parents[1]}"
     done = subprocess.run(
         [sys.executable, script],
-        env={"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
