@@ -836,8 +836,8 @@ class Checkpoints(pl.callbacks.Checkpoint):
         tell_stop(how)
         os._exit(128 + signum)
 
-    def setup(self, *_: Any, **__: Any) -> None:
-        # Lightning's own handler of SIGTERM would only end a training.
+    def on_test_start(self, *_: Any) -> None:
+        # Lightning's own handler of SIGTERM waits for processes that may not come.
         handle_signals(self.end)
         if self.signum:  # noted when training had just ended
             self.end(self.signum)

@@ -566,6 +566,20 @@ def test_earlier_logs_are_moved_and_not_lost(run, tmp_path):
     assert (tmp_path / "logs" / "mine.txt").read_text() == "no run's"
 
 
+def test_runs_moved_within_a_second_lie_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.strftime", lambda *_: "now")
+    for number in (1, 2, 3):
+        earlier = tmp_path / "logs" / "imdb"
+        earlier.mkdir(parents=True)
+        (earlier / "results.json").write_text(str(number))
+        with flagsaver.flagsaver(debug=False):
+            main.clear(earlier)
+    kept = sorted((tmp_path / "logs.old").rglob("results.json"))
+    found = {str(p.relative_to(tmp_path / "logs.old")): p.read_text() for p in kept}
+    places = ["now", "now_", "now__"]
+    assert found == {f"{p}/results.json": str(n) for n, p in enumerate(places, 1)}
+
+
 def test_a_tilde_is_the_home_for_all_that_a_run_leaves(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
