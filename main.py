@@ -73,7 +73,7 @@ from transformers.models.bert import modeling_bert
 Reviews = datasets.Dataset
 Samples = datasets.DatasetDict  # train, val, test
 FLAGS = flags.FLAGS
-RUN_FLAGS = ("debug", "predict", "resume", "logdir")  # of a call, not saved with a run
+CALL_FLAGS = ("debug", "predict", "resume", "logdir")  # they are not saved with a run
 SAVE_EVERY = 600  # seconds after which the next step writes last.ckpt
 LOG_EVERY = 10  # steps; to read a number, the CPU waits for the GPU
 HUB_TIMEOUT = 3  # seconds
@@ -236,7 +236,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
     Args:
         label_names: The classes, in the order of their numbers.
         trained: Whether the classifier must be among the model's weights.
-        settings: The flags, but for those of `RUN_FLAGS`.
+        settings: The flags, but for those of `CALL_FLAGS`.
     """
 
     def __init__(
@@ -272,11 +272,13 @@ class IMDBSentimentClassifier(pl.LightningModule):
         self.pieces = 0
         self.clock = time.perf_counter()
         if self.global_rank > 0:
-            # A checkpoint holds the means over all processes: the first goes on.
+            # A checkpoint holds the means over all processes: the first goes on with
+            # them, the others begin at zero.
             self.mean_loss.reset()
             self.mean_acc.reset()
 
-    on_train_epoch_start = on_train_start  # is not called in an epoch resumed midway
+    # Lightning skips it in an epoch that is resumed midway, hence also the other.
+    on_train_epoch_start = on_train_start
 
     def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
         # Dropout follows from seed and step, so that a resumed run draws the same.
@@ -402,7 +404,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
             self.fingerprint = fingerprint(self.samples, self.bert)
 
     def batches(self, part: str, **plan: Any) -> DataLoader:
-        """Batches this process's share of a sample, too fast to need workers."""
+        """Batches this process's share of a sample; it is fast and needs no workers."""
         sampler = LengthGroupedBatches(
             torch.tensor(self.samples[part]["length"][:]),
             self.hparams.batch_size,
@@ -490,7 +492,10 @@ def mix(*numbers: int) -> int:
 
 
 def load_samples(settings: dict) -> Samples:
-    """Draws train, val and test; those without a split are a tenth of train.
+    """Draws train, val and test.
+
+    Where test has no split, it is a tenth of train; where validation has none, it is a
+    tenth of what is then drawn of train.
 
     Each process draws them itself, for the names of the classes and in the hooks
     `prepare_data` and `setup`: the caches make it quick, the seed makes them the same.
@@ -613,7 +618,7 @@ class LengthGroupedBatches(torch.utils.data.Sampler):
     """
 
     lengths: Tensor  # <int64>[N] word-pieces of each review
-    batch_size: int  # reviews at most; two of a batch of one, see `__len__`
+    batch_size: int  # reviews at most; but two instead of one, see `__len__`
     rank: int = 0  # this process, of `world_size`
     world_size: int = 1
     seed: int | None = None  # shuffles batches, and reviews of nearly equal length
@@ -689,7 +694,7 @@ def make_trainer(settings: dict, run: Path, step: int | None) -> pl.Trainer:
 
 
 def train(settings: dict, run: Path, step: int | None = None) -> None:
-    """Trains and validates, tests the best epoch, and exports it.
+    """Trains and validates, tests the epoch that `Checkpoints` chose, and exports it.
 
     Each further process is this program, run again by Lightning, torchrun or SLURM,
     and comes here too: it trains on and scores its own share of the batches, and
@@ -725,7 +730,7 @@ def train(settings: dict, run: Path, step: int | None = None) -> None:
 
 
 def finish(module: IMDBSentimentClassifier, folder: Path, start: float) -> None:
-    """Exports the best epoch, and writes, draws and says its results."""
+    """Exports the chosen epoch, and writes, draws and says its results."""
     checkpoints = module.trainer.checkpoint_callback
     best = torch.load(checkpoints.best, "cpu", mmap=True, weights_only=True)
     results = summarise(module, best, time.perf_counter() - start)
@@ -797,10 +802,12 @@ class WholeCheckpointIO(pl.plugins.TorchCheckpointIO):
 
 
 class Checkpoints(pl.callbacks.Checkpoint):
-    """Writes best.ckpt, which is tested, and last.ckpt, to go on from.
+    """Writes best.ckpt, which is tested and exported, and last.ckpt, to go on from.
 
-    It writes last.ckpt every ten minutes, after each validation, and on a signal,
-    which ends the run once the step, or the validation, is done and saved.
+    best.ckpt holds the latest epoch whose validation accuracy is within a standard
+    error of the highest. last.ckpt is written every ten minutes, after each validation,
+    and on a signal, which ends the run once the step (of several processes: the next
+    that logs) or the validation is done and saved.
     """
 
     trainer: pl.Trainer
@@ -855,9 +862,9 @@ class Checkpoints(pl.callbacks.Checkpoint):
     def on_validation_end(self, trainer: pl.Trainer, module: Any) -> None:
         acc = trainer.callback_metrics["val_acc"].item()
         self.best_acc = max(self.best_acc, acc)
-        # A later epoch, whose rate is lower, is the better one, unless it is worse than
-        # the best by a standard error. (Of the epochs within it the rule of [4] would
-        # take the simplest; this takes the latest.)
+        # A later epoch, whose learning rate is lower, is the better one, unless it is
+        # worse by more than a standard error. (The rule of [4] takes the simplest model
+        # within it; here it is the latest.)
         variance = self.best_acc * (1 - self.best_acc)
         error = math.sqrt(variance / len(module.samples["val"]))
         if acc >= self.best_acc - error:
@@ -943,7 +950,7 @@ def only_run(run: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.unlink()
+        lock.unlink(missing_ok=True)
         held.release()
 
 
@@ -1012,7 +1019,7 @@ def check_processes(devices: int, num_nodes: int) -> None:
 
 REMARKS = {
     "val_leaks": "of val are in train, word for word",
-    "contradictory": "texts of train stand there with several labels",
+    "contradictory": "texts of train appear in it with several labels",
     "empty": "are empty",
     "line_breaks": "hold line breaks; in a csv, stray quotation marks make them",
 }
@@ -1432,35 +1439,18 @@ def read_rows(flag: str, file: str, columns: dict[str, str]) -> Iterator[dict]:
         file: A table, texts by line, or a folder of texts by class; - is stdin.
         columns: Their names in the file by ours, text and perhaps label.
     """
-    path = Path(file)
-    kind = path.suffix.lower()
-    if path.is_dir() and "label" in columns:
-        rows = read_folder(flag, path, columns)
-    elif kind in (".csv", ".tsv"):
-        rows = read_csv(flag, path, columns)
-    elif kind in (".json", ".jsonl"):
-        rows = read_json(flag, path)
-    elif kind == ".parquet":
-        rows = read_parquet(flag, file)
-    elif kind in (".txt", "") and "label" not in columns:
-        rows = read_lines(file, columns)
-    else:
-        more = "" if "label" in columns else ", .txt, or - for stdin"
-        refuse(f"{flag}: expected one of {', '.join(TABLES)}{more}")
-    hints = {
-        ".csv": "; the first line names the columns, with commas between",
-        ".tsv": "; the first line names the columns, with tabs between",
-    }
+    between = {".csv": "commas", ".tsv": "tabs"}.get(Path(file).suffix.lower())
     line = 0
     with (
         refusing(f"{flag}: cannot be read", OSError),
         refusing(f"{flag}: cannot be read, save it as UTF-8", UnicodeDecodeError),
     ):
-        for line, row in rows:
+        for line, row in choose_reader(flag, file, columns):
             words = {"line": line}
             for name, column in columns.items():
                 if column not in row:
-                    hint = hints.get(kind, f" (line {line})")
+                    hint = f"; the first line names columns, with {between} between"
+                    hint = hint if between else f" (line {line})"
                     refuse_column(flag, name, column, [*row], hint)
                 value = row[column]
                 if isinstance(value, list | dict | bytes):
@@ -1472,6 +1462,26 @@ def read_rows(flag: str, file: str, columns: dict[str, str]) -> Iterator[dict]:
             yield words
     if not line:
         refuse(f"{flag}: found no reviews")
+
+
+def choose_reader(
+    flag: str, file: str, columns: dict[str, str]
+) -> Iterator[tuple[int, dict]]:
+    """Returns what reads the file, by its ending: lines, and rows by column."""
+    path = Path(file)
+    kind = path.suffix.lower()
+    if path.is_dir() and "label" in columns:
+        return read_folder(flag, path, columns)
+    if kind in (".csv", ".tsv"):
+        return read_csv(flag, path, columns)
+    if kind in (".json", ".jsonl"):
+        return read_json(flag, path)
+    if kind == ".parquet":
+        return read_parquet(flag, file)
+    if kind in (".txt", "") and "label" not in columns:
+        return read_lines(file, columns)
+    more = "" if "label" in columns else ", .txt, or - for stdin"
+    refuse(f"{flag}: expected one of {', '.join(TABLES)}{more}")
 
 
 def read_csv(flag: str, path: Path, columns: dict) -> Iterator[tuple[int, dict]]:
@@ -1601,7 +1611,7 @@ def spell_labels(flag: str, split: Reviews) -> list[str]:
 
 
 def ask_hub(settings: dict) -> None:
-    """Asks the Hub, once, for what is not on this machine; goes offline without it."""
+    """Asks the Hub for names that are no paths; out of reach, it is not asked again."""
     api = huggingface_hub.HfApi()
     errors = huggingface_hub.errors
     pool = multiprocessing.pool.ThreadPool(1)
@@ -1887,7 +1897,7 @@ def check_precision(precision: str) -> None:
 def take_flags() -> tuple[dict, dict]:
     """Returns the settings of a run, and those of them that were given."""
     ours = FLAGS.get_key_flags_for_module(__name__)
-    settings = {f.name: f.value for f in ours if f.name not in RUN_FLAGS}
+    settings = {f.name: f.value for f in ours if f.name not in CALL_FLAGS}
     if FLAGS.precision == "auto":
         settings["precision"] = fastest_precision()
     for name in ("dataset", "model"):
@@ -1920,7 +1930,7 @@ def follow_flags() -> None:
     logdir = Path(FLAGS.logdir).expanduser()  # as Lightning does
     run = logdir / ("debug" if FLAGS.debug else "imdb")
     step = None
-    if FLAGS.resume:
+    if FLAGS.resume and FLAGS.predict is None:
         settings, step = check_resume(run / "version_0", settings, given)
     check_precision(settings["precision"])
     if FLAGS.predict is not None:

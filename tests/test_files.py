@@ -624,7 +624,7 @@ def test_texts_that_span_lines_are_told(run, capsys):
 def test_equal_texts_of_train_with_several_labels_are_told(run, capsys):
     double = "the very same,0\n" * 9 + "the very same,1\n" * 9
     said = told(run, capsys, CSV + double)
-    assert "1 texts of train stand there with several labels" in said
+    assert "1 texts of train appear in it with several labels" in said
     assert "of val are in train, word for word" in said
     assert "several labels" not in told(run, capsys, CSV + "a,0\nb,1\n")
 
