@@ -791,3 +791,13 @@ def test_what_is_logged_is_on_disk_whenever_a_run_is_saved(tmp_path):
     checkpoints.save(due=True)
     trainer.save_checkpoint.assert_called_once_with(tmp_path / "last.ckpt")
     trainer.logger.save.assert_called_once_with()
+
+
+def test_a_signal_noted_as_training_ended_ends_the_run_before_the_test(tmp_path):
+    checkpoints = main.Checkpoints(tmp_path)
+    checkpoints.trainer = types.SimpleNamespace(world_size=1)
+    with main.on_signals(main.stop):
+        checkpoints.on_test_start()  # none was
+        checkpoints.note(signal.SIGTERM, None)
+        with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+            checkpoints.on_test_start()
