@@ -533,9 +533,10 @@ def draw_share(
             f"{why} cannot hold all {classes} classes ({least}): {needed:,} such "
             "reviews are needed, or another --percent"
         )
-    parts = reviews.train_test_split(
-        train_size=size, seed=seed, stratify_by_column="label"
-    )
+    with refusing(CACHE_UNWRITABLE, OSError):
+        parts = reviews.train_test_split(
+            train_size=size, seed=seed, stratify_by_column="label"
+        )
     return parts["train"], parts["test"]  # as `datasets` calls the two
 
 
@@ -718,7 +719,7 @@ def train(settings: dict, run: Path, step: int | None = None) -> None:
     checkpoints = trainer.checkpoint_callback
     last = None if step is None else checkpoints.last
     # Up to here nothing has changed on disk but the caches.
-    with only_run(run), refusing_what_is_full(run), on_signals(checkpoints.end):
+    with refusing_what_is_full(run), only_run(run), on_signals(checkpoints.end):
         if step is None:
             clear(run)
         # `weights_only`: a checkpoint cannot run code.
@@ -744,7 +745,10 @@ def finish(module: IMDBSentimentClassifier, folder: Path, start: float) -> None:
     figures["val_acc_best"] = results["metrics"]["val_acc"]
     module.logger.log_hyperparams(module.hparams, figures, module.global_step)
     module.logger.save()
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    # Whole or not at all: where it stands, the run is finished.
+    partial = folder / "results.json.partial"
+    partial.write_text(json.dumps(results, indent=2) + "\n")
+    partial.replace(folder / "results.json")
     checkpoints.last.unlink(missing_ok=True)  # more than half of all a run's bytes
     say_results(results, folder)
 
@@ -829,7 +833,8 @@ class Checkpoints(pl.callbacks.Checkpoint):
         """Has the run end, saved, after this step or validation."""
         self.signum = signum
         if rank_zero_only.rank == 0:
-            os.write(2, b"\nStopping after this step, or this validation\n")
+            with contextlib.suppress(OSError):  # of a terminal that was closed
+                os.write(2, b"\nStopping after this step, or this validation\n")
 
     def end(self, signum: int, _: Any = None) -> None:
         """Ends all processes of the run at once, where there is nothing to save."""
@@ -891,7 +896,8 @@ def stop(signum: int, _: Any = None, how: str = "") -> NoReturn:
 
 @rank_zero_only
 def tell_stop(how: str) -> None:
-    print(f"\nStopped{how}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # of a terminal that was closed
+        os.write(2, f"\nStopped{how}\n".encode())
 
 
 def handle_signals(handler: Any, *signums: int) -> dict[int, Any]:

@@ -1,6 +1,7 @@
 """What a run leaves: files, numbers, lines; and what it leaves alone."""
 
 import csv
+import errno
 import json
 import os
 import pathlib
@@ -801,3 +802,33 @@ def test_a_signal_noted_as_training_ended_ends_the_run_before_the_test(tmp_path)
         checkpoints.note(signal.SIGTERM, None)
         with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
             checkpoints.on_test_start()
+
+
+def test_a_signal_is_noted_though_the_terminal_was_closed(tmp_path, monkeypatch):
+    """As when an ssh session ends: SIGHUP comes, and stderr cannot be written."""
+
+    def gone(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    checkpoints = main.Checkpoints(tmp_path)
+    monkeypatch.setattr("os.write", gone)
+    checkpoints.note(signal.SIGHUP, None)
+    assert checkpoints.signum == signal.SIGHUP
+    with pytest.raises(SystemExit, match=str(128 + signal.SIGHUP)):
+        main.stop(signal.SIGHUP)
+
+
+def test_a_disk_full_at_the_last_write_leaves_a_run_that_goes_on(run, monkeypatch):
+    write = pathlib.Path.write_text
+
+    def full(path: pathlib.Path, *arguments: object, **options: object) -> int:
+        if path.name.startswith("results.json"):
+            write(path, "")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "write_text", full)
+        with pytest.raises(SystemExit, match="cannot write to .*: its disk is full"):
+            run(epochs=1)
+    assert read_results(run(epochs=1, resume=True))
