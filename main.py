@@ -670,7 +670,9 @@ def make_trainer(settings: dict, run: Path, step: int | None) -> pl.Trainer:
         name=run.name,
         version="version_0",
         default_hp_metric=False,
-        purge_step=step,
+        # From here on TensorBoard drops what was logged; it heeds this of a resumed run
+        # only if the first had it, too.
+        purge_step=step or 0,
     )
     checkpoints = Checkpoints(run / "version_0" / "checkpoints")
     with refusing("--devices", pl.utilities.exceptions.MisconfigurationException):
@@ -719,7 +721,7 @@ def train(settings: dict, run: Path, step: int | None = None) -> None:
     checkpoints = trainer.checkpoint_callback
     last = None if step is None else checkpoints.last
     # Up to here nothing has changed on disk but the caches.
-    with refusing_what_is_full(run), only_run(run), on_signals(checkpoints.end):
+    with refusing_breakdowns(run), only_run(run), on_signals(checkpoints.end):
         if step is None:
             clear(run)
         # `weights_only`: a checkpoint cannot run code.
@@ -779,7 +781,7 @@ def predict(settings: dict, given: dict, file: str) -> None:
         enable_model_summary=False,
     )
     # `| head` ends it quietly.
-    with refusing_what_is_full("stdout"), on_signals(signal.SIG_DFL, signal.SIGPIPE):
+    with refusing_breakdowns("stdout"), on_signals(signal.SIG_DFL, signal.SIGPIPE):
         trainer.predict(module, return_predictions=False)
 
 
@@ -923,8 +925,11 @@ def on_signals(handler: Any, *signums: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def refusing_what_is_full(place: Any) -> Iterator[None]:
-    """Refuses where memory or a disk is full, by whatever name libraries tell it."""
+def refusing_breakdowns(place: Any) -> Iterator[None]:
+    """Refuses where memory or a disk is full, or one of several processes has ended.
+
+    Libraries tell each by several names.
+    """
     try:
         yield
     except (RuntimeError, MemoryError, OSError, safetensors.SafetensorError) as error:
@@ -933,6 +938,8 @@ def refusing_what_is_full(place: Any) -> Iterator[None]:
             refuse("memory is full: lower --batch_size or --seq_length")
         if re.search("No space left|quota exceeded", str(error)):
             refuse(f"cannot write to {place}: its disk is full")
+        if re.search("gloo.* by peer", str(error)):
+            refuse("another process of the run has ended: go on by --resume")
         raise
 
 
@@ -996,7 +1003,7 @@ def check_resume(folder: Path, settings: dict, given: dict) -> tuple[dict, int]:
         )
     for name in ("dataset", "model"):
         path = os.path.join(checkpoint["folder"], stored[name])
-        if os.path.exists(path) and not os.path.exists(stored[name]):
+        if os.path.exists(path) and checkpoint["folder"] != os.getcwd():
             stored[name] = path
         # Or where it is now, if that is given. That it is the same is checked later.
         stored[name] = given.pop(name, stored[name])
@@ -1865,6 +1872,13 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec")  # Lightning's
     # In float16 the first steps may overflow, and are skipped.
     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+    threading.excepthook = drop_os_error
+
+
+def drop_os_error(thrown: Any) -> None:
+    """Tells of a thread's error, but a full disk: TensorBoard raises that again."""
+    if not isinstance(thrown.exc_value, OSError):
+        threading.__excepthook__(thrown)
 
 
 def try_gpu() -> None:

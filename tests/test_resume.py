@@ -2,6 +2,7 @@
 
 import errno
 import json
+import pathlib
 import shutil
 import signal
 
@@ -9,7 +10,7 @@ import datasets
 import pytest
 import torch
 import torture
-from tensorboard.backend.event_processing import event_accumulator
+from tensorboard.backend.event_processing import plugin_event_accumulator
 
 KILL, INT, TERM = signal.SIGKILL, signal.SIGINT, signal.SIGTERM
 HUP = signal.SIGHUP
@@ -57,20 +58,18 @@ def whole(arguments, tmp_path_factory):
 
 
 def curves(folder):
-    """Returns each curve's points, speed's values left out, if none is double."""
+    """Returns what each tag holds, speed's values left out, if no step is double."""
     run = folder / "logs" / "imdb" / "version_0"
-    # More than the 10,000 points, or 10 texts, that it would draw samples of.
-    everything = dict.fromkeys(["scalars", "tensors"], 0)
-    log = event_accumulator.EventAccumulator(str(run), everything).Reload()
+    # As TensorBoard reads it, but for 0, which stands for all: it draws 10 of texts.
+    everything = {"tensors": 0}
+    log = plugin_event_accumulator.EventAccumulator(str(run), everything).Reload()
     points = {}
-    for name in log.Tags()["scalars"]:
-        points[name] = [(event.step, event.value) for event in log.Scalars(name)]
-    for name in log.Tags()["tensors"]:
-        points[name] = [(event.step, 0) for event in log.Tensors(name)]
-    for name, curve in points.items():
-        steps = [step for step, _ in curve]
-        assert steps == sorted({*steps}), name
-    points["speed"] = [step for step, _ in points["speed"]]
+    for tag in log.Tags()["tensors"]:
+        events = log.Tensors(tag)
+        steps = [event.step for event in events]
+        assert steps == sorted({*steps}), tag
+        values = [event.tensor_proto.SerializeToString() for event in events]
+        points[tag] = steps if tag == "speed" else [*zip(steps, values, strict=True)]
     return points
 
 
@@ -131,20 +130,16 @@ def test_a_run_that_was_moved_goes_on_and_remembers_its_best_epoch(
 
 
 def test_curves_of_a_run_that_lost_steps_do_not_double_back(arguments, whole, tmp_path):
-    def stopped_at(step):
-        return (f"{MODULE}.training_step", step, INT)
-
-    torture.start(tmp_path, arguments, 600.0, stopped_at(5)).join()
-    run = tmp_path / "logs" / "imdb" / "version_0"
-    early = shutil.copy(run / "checkpoints" / "last.ckpt", tmp_path / "early.ckpt")
-    resume = [*arguments, "--resume"]
-    torture.start(tmp_path, resume, 600.0, stopped_at(24)).join()  # logs 9, 19
-    shutil.copy(early, run / "checkpoints" / "last.ckpt")
-    assert torture.finish(tmp_path, arguments) == 0
-    log = event_accumulator.EventAccumulator(str(run)).Reload()
-    steps = [event.step for event in log.Scalars("train_loss")]
-    assert steps == [*range(9, EPOCHS * STEPS, 10)]
-    assert curves(tmp_path) == whole[3]
+    """As kill -9 leaves it: more is logged than last.ckpt holds."""
+    last = pathlib.Path("logs", "imdb", "version_0", "checkpoints", "last.ckpt")
+    for name, step in (("early", 5), ("late", 24)):  # the second logs 9, 19
+        folder = tmp_path / name
+        folder.mkdir()
+        blow = (f"{MODULE}.training_step", step, INT)
+        torture.start(folder, arguments, 600.0, blow).join()
+    shutil.copy(tmp_path / "early" / last, tmp_path / "late" / last)
+    assert torture.finish(tmp_path / "late", arguments) == 0
+    assert curves(tmp_path / "late") == whole[3]
 
 
 def test_a_run_is_not_resumed_on_other_reviews(arguments, reviews, tmp_path):
@@ -173,6 +168,7 @@ def test_paths_that_lead_to_the_same_are_the_same(
     own = ["--dataset=data", "--model=bert/", *arguments[2:]]
     torture.start(home, own, 600.0, (f"{MODULE}.training_step", 5, INT)).join()
     stop = (f"{MODULE}.training_step", 5, INT)
+    (tmp_path / "data").mkdir()  # not the run's
     torture.start(tmp_path, ["--resume", *logdir], 600.0, stop).join()
     again = ["--resume", "--dataset=data/", "--model=./bert"]
     torture.start(home, again, 600.0, stop).join()

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import itertools
 import json
 import os
 import pathlib
@@ -15,6 +16,7 @@ import threading
 import time
 import types
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import datasets
@@ -26,8 +28,12 @@ import transformers
 import yaml
 from absl.testing import flagsaver
 from conftest import SETTINGS, call, load_samples, piece_ids, write_reviews
-from tensorboard.backend.event_processing import event_accumulator
+from tensorboard.backend.event_processing import (
+    event_accumulator,
+    plugin_event_accumulator,
+)
 from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.summary.writer import record_writer
 from tensorboard.util import tensor_util
 
 import main
@@ -361,6 +367,36 @@ def test_a_full_disk_under_the_terminal_ends_no_run(bert, reviews, tmp_path):
         )
     assert (done.returncode, done.stderr) == (0, b"")
     assert read_results(tmp_path / "logs" / "debug" / "version_0")
+
+
+def test_closed_streams_end_no_run(bert, reviews, tmp_path):
+    """As under a daemon: then other files must not get the streams' numbers."""
+    arguments = [f"--model={bert}", f"--dataset={reviews}", "--seq_length=40"]
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, demo.MAIN, "--debug"]
+        + arguments,
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0
+    assert read_results(tmp_path / "logs" / "debug" / "version_0")
+
+
+def test_a_disk_that_fills_under_the_log_is_told_in_one_line(run, monkeypatch, capfd):
+    """TensorBoard writes it in a thread, which would show a traceback."""
+    write = record_writer.RecordWriter.write
+    writes = itertools.count()
+
+    def full(writer: Any, data: bytes) -> None:
+        if next(writes) == 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(writer, data)
+
+    monkeypatch.setattr(record_writer.RecordWriter, "write", full)
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+    with pytest.raises(SystemExit, match="cannot write to .*: its disk is full"):
+        run()
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_full_disk_under_labels_is_told_in_one_line(trained, tmp_path):
@@ -831,4 +867,11 @@ def test_a_disk_full_at_the_last_write_leaves_a_run_that_goes_on(run, monkeypatc
         patch.setattr(pathlib.Path, "write_text", full)
         with pytest.raises(SystemExit, match="cannot write to .*: its disk is full"):
             run(epochs=1)
-    assert read_results(run(epochs=1, resume=True))
+    folder = run(epochs=1, resume=True)
+    assert read_results(folder)
+    # What the first part had logged of the test, TensorBoard shows once.
+    log = plugin_event_accumulator.EventAccumulator(str(folder)).Reload()
+    logged = {tag: len(log.Tensors(tag)) for tag in log.Tags()["tensors"]}
+    of_test = {tag: n for tag, n in logged.items() if tag.startswith("test_")}
+    assert of_test.keys() >= {"test_acc", "test_pr/pos", "test_worst/text_summary"}
+    assert {*of_test.values()} == {1}
