@@ -670,8 +670,8 @@ def make_trainer(settings: dict, run: Path, step: int | None) -> pl.Trainer:
         name=run.name,
         version="version_0",
         default_hp_metric=False,
-        # From here on TensorBoard drops what was logged; it heeds this of a resumed run
-        # only if the first had it, too.
+        # TensorBoard drops what was logged from this step on; of a resumed run only if
+        # the log began with such a mark, too.
         purge_step=step or 0,
     )
     checkpoints = Checkpoints(run / "version_0" / "checkpoints")
