@@ -277,7 +277,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
             self.mean_loss.reset()
             self.mean_acc.reset()
 
-    # Lightning skips it in an epoch that is resumed midway, hence also the other.
+    # In an epoch that is resumed midway Lightning calls the first alone.
     on_train_epoch_start = on_train_start
 
     def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
@@ -607,8 +607,8 @@ def tokenise(reviews: Any, tokenizer: Any) -> Any:
 class LengthGroupedBatches(torch.utils.data.Sampler):
     """Draws batches of reviews of like length, each review once.
 
-    The two longest lead: if memory is too small, the first two steps show it, as from
-    the second on it holds AdamW's state as well.
+    The two batches of the longest lead: if memory is too small, the first two steps
+    show it, as from the second on it holds AdamW's state as well.
 
     The plan follows from seed and epoch alone. A resumed epoch makes it again and
     skips what is done. With dropout that follows from seed and step, running means
@@ -675,6 +675,7 @@ def make_trainer(settings: dict, run: Path, step: int | None) -> pl.Trainer:
         purge_step=step or 0,
     )
     checkpoints = Checkpoints(run / "version_0" / "checkpoints")
+    processes = settings["devices"] * settings["num_nodes"]
     with refusing("--devices", pl.utilities.exceptions.MisconfigurationException):
         trainer = pl.Trainer(
             max_epochs=1 if FLAGS.debug else settings["epochs"],
@@ -684,6 +685,8 @@ def make_trainer(settings: dict, run: Path, step: int | None) -> pl.Trainer:
             precision=settings["precision"],
             devices=settings["devices"],
             num_nodes=settings["num_nodes"],
+            # In a notebook auto forks, and what the fork has learnt is lost.
+            strategy="ddp" if processes > 1 else "auto",
             use_distributed_sampler=False,  # `LengthGroupedBatches` shares out
             logger=logger,
             log_every_n_steps=every,
@@ -701,8 +704,8 @@ def train(settings: dict, run: Path, step: int | None = None) -> None:
 
     Each further process is this program, run again by Lightning, torchrun or SLURM,
     and comes here too: it trains on and scores its own share of the batches, and
-    decides with the others when to save. It says nothing, holds no lock, moves no
-    earlier run, logs nothing, and finishes nothing.
+    decides with the others when to save. It says only why it ends, if it must, holds
+    no lock, moves no earlier run, logs nothing, and finishes nothing.
     """
     start = time.perf_counter()
     check_processes(settings["devices"], settings["num_nodes"])
@@ -950,16 +953,13 @@ def only_run(run: Path) -> Iterator[None]:
     if rank_zero_only.rank > 0:
         yield
         return
+    held = filelock.FileLock(lock, timeout=0)
     with refusing(f"--logdir={run.parent}: cannot write there", OSError):
         run.parent.mkdir(parents=True, exist_ok=True)
-        lock.touch()
-    held = filelock.FileLock(lock, timeout=0)
-    try:
-        held.acquire()
-    except filelock.Timeout:
-        holder = lock.read_text()
-        refuse(f"--logdir={run.parent}: process {holder} runs in {run}")
-    lock.write_text(f"{os.getpid()} on {os.uname().nodename}")
+        try:
+            held.acquire()
+        except filelock.Timeout:
+            refuse(f"--logdir={run.parent}: another process runs in {run}")
     try:
         yield
     finally:
@@ -1018,6 +1018,8 @@ def check_processes(devices: int, num_nodes: int) -> None:
     size = "SLURM_NTASKS" if SLURMEnvironment.detect() else "WORLD_SIZE"
     started = os.environ.get(size)
     ranks = sorted({"RANK", "LOCAL_RANK", "SLURM_PROCID"} & {*os.environ})
+    if ranks == ["SLURM_PROCID"] and rank_zero_only.rank == 0:
+        ranks = []  # plain `python` in a job, without srun
     if started is None and (ranks or num_nodes > 1):
         why = ", ".join(ranks) or f"--num_nodes={num_nodes}"
         refuse(f"{why} without WORLD_SIZE: unset it, or use torchrun or SLURM")
@@ -1645,11 +1647,25 @@ def ask_hub(settings: dict) -> None:
         except (errors.RepositoryNotFoundError, errors.HFValidationError):
             refuse(f"--{flag}={name}: not on the Hub, or private: see HF_TOKEN")
         except (*UNREACHED, multiprocessing.TimeoutError) as error:
+            if "401 Unauthorized" in str(error):
+                refuse(f"--{flag}={name}: the Hub refuses your token: see HF_TOKEN")
             cause = re.sub(" for url .*", "", str(error).partition("\n")[0])
             cause = cause or "no answer in time"
             say("Hub", f"out of reach ({cause}): what was loaded before is used")
             huggingface_hub.constants.HF_HUB_OFFLINE = True
             os.environ["HF_HUB_OFFLINE"] = "1"  # of further processes
+
+
+@contextlib.contextmanager
+def asking_anew() -> Iterator[None]:
+    """Has the next run in a Jupyter kernel ask a Hub that was out of reach in this."""
+    offline = huggingface_hub.constants.HF_HUB_OFFLINE
+    try:
+        yield
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE = offline
+        if not offline:
+            os.environ.pop("HF_HUB_OFFLINE", None)
 
 
 def loading(flag: str, name: str) -> contextlib.AbstractContextManager:
@@ -1940,14 +1956,15 @@ def main(argv: list[str]) -> None:
         encoding = None if FLAGS.predict is None else "utf-8"
         sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
     quieten()
-    with on_signals(stop):
+    with on_signals(stop), asking_anew():
         try_gpu()
         follow_flags()
 
 
 def follow_flags() -> None:
     settings, given = take_flags()
-    logdir = Path(FLAGS.logdir).expanduser()  # as Lightning does
+    # As TensorBoard's logger does.
+    logdir = Path(os.path.expandvars(os.path.expanduser(FLAGS.logdir)))
     run = logdir / ("debug" if FLAGS.debug else "imdb")
     step = None
     if FLAGS.resume and FLAGS.predict is None:

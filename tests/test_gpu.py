@@ -158,14 +158,14 @@ MEMORY = {
 def test_full_memory_names_the_flags_that_help(error):
     with (
         pytest.raises(SystemExit, match=r"memory.*--batch_size.*--seq_length"),
-        main.refusing_what_is_full("logs"),
+        main.refusing_breakdowns("logs"),
     ):
         raise error
 
 
 def test_other_errors_of_a_run_keep_their_traceback():
     for error in (RuntimeError("mat1 and mat2"), OSError(2, "No such file")):
-        with pytest.raises(type(error)), main.refusing_what_is_full("logs"):
+        with pytest.raises(type(error)), main.refusing_breakdowns("logs"):
             raise error
 
 

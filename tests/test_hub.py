@@ -4,6 +4,7 @@ The real client asks a small Hub on this machine. Each test has caches of its ow
 """
 
 import json
+import os
 import pathlib
 import shutil
 import socket
@@ -173,6 +174,16 @@ def test_a_gated_model_is_refused_with_the_hubs_reason(new, repositories):
     assert [*new.work.iterdir()] == []
 
 
+def test_a_token_that_the_hub_does_not_take_is_refused(
+    repositories, ask, run, monkeypatch
+):
+    monkeypatch.setenv("HF_TOKEN", "hf_expired")
+    with Hub(repositories, failure=401) as hub, pytest.raises(SystemExit) as exit:
+        ask(hub.url)
+        run(model=BERT)
+    check_line(exit.value.code, f"--model={BERT}", "token", "HF_TOKEN")
+
+
 def test_local_folders_ask_no_hub(new, repositories, bert, reviews):
     with Hub(repositories) as hub:
         done = new.debug(hub.url, f"--model={bert}", f"--dataset={reviews}")
@@ -193,7 +204,7 @@ def test_without_the_hub_the_caches_are_used(known, nowhere):
 
 
 def test_a_hub_that_fails_is_asked_once_by_all_processes(known, repositories):
-    with Hub(repositories, is_broken=True) as hub:
+    with Hub(repositories, failure=503) as hub:
         done = known.debug(hub.url, "--devices=2")
     check_success(done)
     assert done.stdout.count(OUT_OF_REACH) == 1
@@ -235,6 +246,9 @@ def test_without_hub_a_dataset_not_loaded_before_is_refused(
     with pytest.raises(SystemExit) as exit:
         run(dataset="owner/reviews")
     check_nothing_is_loaded(exit.value.code, "dataset", "owner/reviews")
+    # A later run in this process, as in a Jupyter kernel, asks again.
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+    assert os.environ.get("HF_HUB_OFFLINE") is None
     out, err = capfd.readouterr()
     assert out.startswith(OUT_OF_REACH)
     assert (len(out.splitlines()), err) == (1, "")

@@ -5,6 +5,7 @@ stand what is odd but sound, two runs at once, failures on the way, and that not
 which is loaded runs code or writes where it should not.
 """
 
+import errno
 import io
 import itertools
 import json
@@ -260,7 +261,7 @@ def test_a_long_cause_keeps_its_beginning_and_its_end():
 def test_a_second_run_in_a_folder_is_refused(refused, interrupted, values):
     name = "debug" if "debug" in values else "imdb"
     with main.only_run(pathlib.Path("logs", name)):
-        words = ["--logdir=", f"process {os.getpid()} ", f"logs/{name}"]
+        words = ["--logdir=", "another process", f"logs/{name}"]
         refused(Case(words), **values)
     assert not pathlib.Path("logs", f".{name}.lock").exists()
 
@@ -277,6 +278,42 @@ def test_a_lock_dies_with_its_process_and_binds_one_folder_alone(run):
     with main.only_run(pathlib.Path("logs/debug")):
         assert results(run(epochs=1))
     assert [path.name for path in pathlib.Path("logs").glob("[!.]*")] == ["imdb"]
+
+
+def test_a_disk_without_locks_still_takes_one_run_at_a_time(monkeypatch):
+    """As some shared disks are."""
+
+    def fail(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    path = pathlib.Path("logs", "imdb")
+    monkeypatch.setattr("fcntl.flock", fail)
+    number = errno.ENOSYS
+    for _ in range(2):
+        with (
+            pytest.warns(UserWarning, match="flock"),
+            main.only_run(path),
+            pytest.raises(SystemExit, match="another process"),
+            main.only_run(path),
+        ):
+            pass
+    number = errno.ENOLCK
+    with pytest.raises(SystemExit, match="cannot write there"), main.only_run(path):
+        pass
+
+
+def test_a_notebook_has_one_device(refused, monkeypatch):
+    """There Lightning would fork, which loses what `finish` needs."""
+    connector = "pytorch_lightning.trainer.connectors.accelerator_connector"
+    monkeypatch.setattr(f"{connector}._IS_INTERACTIVE", True)
+    refused(Case(["--devices", "interactive"], {}, {"devices": 2}))
+
+
+def test_in_a_slurm_job_plain_python_runs(monkeypatch):
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    main.check_processes(1, 1)
+    with pytest.raises(SystemExit, match="--num_nodes=2"):
+        main.check_processes(1, 2)
 
 
 # The model.

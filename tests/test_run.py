@@ -355,6 +355,14 @@ def test_a_thread_runs_it(bert, reviews, tmp_path):
     assert read_results(tmp_path / "debug" / "version_0")
 
 
+def test_a_logdir_may_name_variables(run, tmp_path, monkeypatch):
+    """TensorBoard's logger expands them: what else a run leaves lies beside its log."""
+    monkeypatch.setenv("PLACE", str(tmp_path / "place"))
+    run(logdir="$PLACE/logs", debug=True)
+    assert files(tmp_path / "place/logs/debug/version_0").keys() >= RUN_FILES
+    assert not pathlib.Path("$PLACE").exists()
+
+
 def test_a_full_disk_under_the_terminal_ends_no_run(bert, reviews, tmp_path):
     arguments = [f"--model={bert}", f"--dataset={reviews}", "--seq_length=40"]
     with open("/dev/full", "w") as full:
