@@ -1401,6 +1401,8 @@ def read_file(flag: str, path: Path, columns: dict[str, str]) -> Reviews:
     """Reads a table, or a folder of texts by class; cached by `datasets`."""
     with refusing(f"{flag}: cannot be read", OSError):
         cache = name_cache(path.glob("*/*.txt") if path.is_dir() else [path])
+    with refusing(CACHE_UNWRITABLE, OSError):
+        os.makedirs(cache, exist_ok=True)
     if path.suffix.lower() == ".parquet":
         with refusing(f"{flag}: expected reviews", *UNREADABLE):
             split = load_parquet(str(path), cache_dir=cache)

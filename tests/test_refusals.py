@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import datasets
 import pytest
 import safetensors.torch
 import torch
@@ -158,6 +159,14 @@ def test_processes_other_than_the_flags_say_are_refused(refused, monkeypatch, ca
         if name != "WORLD_SIZE":  # Lightning reads it when it is imported
             monkeypatch.setattr(main.rank_zero_only, "rank", int(value))
     refused(Case(words))
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_cache_that_cannot_be_written_is_named(refused, monkeypatch, kind):
+    columns = {"text": [text for text, _ in ROWS], "label": [n for _, n in ROWS]}
+    dataset = write_reviews(pathlib.Path("own"), kind, columns, None)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "new.csv/cache")
+    refused(Case(["cannot write to the cache", "HF_HOME"]), dataset=dataset)
 
 
 def test_a_user_reads_one_line_and_no_more(place):
