@@ -727,6 +727,8 @@ def train(settings: dict, run: Path, step: int | None = None) -> None:
     with refusing_breakdowns(run), only_run(run), on_signals(checkpoints.end):
         if step is None:
             clear(run)
+        elif check_resume(run / "version_0", settings, {})[1] != step:
+            refuse("--resume: the run went on meanwhile: give --resume again")
         # `weights_only`: a checkpoint cannot run code.
         trainer.fit(module, ckpt_path=last, weights_only=True)
         best = checkpoints.best
@@ -933,16 +935,22 @@ def refusing_breakdowns(place: Any) -> Iterator[None]:
 
     Libraries tell each by several names.
     """
+    errors = (RuntimeError, MemoryError, OSError, safetensors.SafetensorError)
     try:
         yield
-    except (RuntimeError, MemoryError, OSError, safetensors.SafetensorError) as error:
+    except (*errors, datasets.exceptions.DatasetsError) as error:
+        told = f"{error} {error.__cause__}"
         memory = "out of memory|can't allocate memory|bad_alloc|not create a memory"
-        if isinstance(error, MemoryError) or re.search(memory, str(error)):
+        if isinstance(error, MemoryError) or re.search(memory, told):
             refuse("memory is full: lower --batch_size or --seq_length")
-        if re.search("No space left|quota exceeded", str(error)):
+        if re.search("No space left|quota exceeded", told):
             refuse(f"cannot write to {place}: its disk is full")
-        if re.search("gloo.* by peer", str(error)):
-            refuse("another process of the run has ended: go on by --resume")
+        gone = re.search("by peer|Broken pipe", told)
+        if gone and isinstance(error, RuntimeError):  # torch's own connections
+            refuse(
+                "another process of the run has ended: --resume goes on, if anything "
+                "was saved"
+            )
         raise
 
 
@@ -1404,7 +1412,10 @@ def read_file(flag: str, path: Path, columns: dict[str, str]) -> Reviews:
     with refusing(CACHE_UNWRITABLE, OSError):
         os.makedirs(cache, exist_ok=True)
     if path.suffix.lower() == ".parquet":
-        with refusing(f"{flag}: expected reviews", *UNREADABLE):
+        with (
+            refusing(f"{flag}: expected reviews", *UNREADABLE),
+            refusing_breakdowns(f"{cache}, see HF_HOME"),
+        ):
             split = load_parquet(str(path), cache_dir=cache)
         return take_columns(flag, split, columns)
     word = datasets.Value("string")
@@ -1877,6 +1888,9 @@ def quieten() -> None:
     """Silences what a newcomer need not read."""
     for logger in ("pytorch_lightning", "lightning_fabric", "httpx2", "sh"):
         logging.getLogger(logger).setLevel(logging.WARNING)
+    # It alone tells why it kills this process: another one has ended.
+    observer = "lightning_fabric.strategies.launchers.subprocess_script"
+    logging.getLogger(observer).setLevel(logging.INFO)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity(logging.CRITICAL)  # its errors are raised, too

@@ -169,6 +169,18 @@ def test_a_cache_that_cannot_be_written_is_named(refused, monkeypatch, kind):
     refused(Case(["cannot write to the cache", "HF_HOME"]), dataset=dataset)
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_cache_on_a_full_disk_is_named(refused, monkeypatch, kind):
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    columns = {"text": [text for text, _ in ROWS], "label": [n for _, n in ROWS]}
+    dataset = write_reviews(pathlib.Path("own"), kind, columns, None)
+    for writer in ("arrow_writer.ArrowWriter.write_table", "builder.ArrowWriter.write"):
+        monkeypatch.setattr(f"datasets.{writer}", full)
+    refused(Case(["HF_HOME"]), dataset=dataset)
+
+
 def test_a_user_reads_one_line_and_no_more(place):
     spoil({"data/train.csv": CSV + "1,2,3,4\n"})
     before = snapshot()
@@ -273,6 +285,28 @@ def test_a_second_run_in_a_folder_is_refused(refused, interrupted, values):
         words = ["--logdir=", "another process", f"logs/{name}"]
         refused(Case(words), **values)
     assert not pathlib.Path("logs", f".{name}.lock").exists()
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_run_that_went_on_meanwhile_is_not_resumed(
+    run, interrupted, monkeypatch, ended
+):
+    """As where the run still lived when its resumption was started."""
+    load = main.load_samples
+
+    def going_on(settings: dict) -> datasets.DatasetDict:
+        checkpoint = torch.load(LAST, weights_only=True)
+        torch.save(checkpoint | {"global_step": 99}, LAST)
+        if ended:
+            spoil({RESULTS: "{}"})
+        return load(settings)
+
+    monkeypatch.setattr(main, "load_samples", going_on)
+    before = snapshot()
+    words = "the run is finished" if ended else "the run went on meanwhile"
+    with pytest.raises(SystemExit, match=words):
+        run(resume=True)
+    assert snapshot().keys() - before.keys() <= {RESULTS}  # no log is cut
 
 
 def test_a_lock_dies_with_its_process_and_binds_one_folder_alone(run):
@@ -563,7 +597,7 @@ def test_checkpoints_are_read_as_weights_alone(run, interrupted, monkeypatch):
     run(resume=True)
     names = [call.args[0] for call in load.call_args_list]
     assert {"last.ckpt", "best.ckpt"} <= {os.path.basename(str(n)) for n in names}
-    assert load.call_count == 4  # to check, to fit, to test, and to finish
+    assert load.call_count == 5  # to check twice, to fit, to test, and to finish
     assert all(call.kwargs["weights_only"] for call in load.call_args_list)
 
 
