@@ -277,7 +277,7 @@ class IMDBSentimentClassifier(pl.LightningModule):
             self.mean_loss.reset()
             self.mean_acc.reset()
 
-    # In an epoch that is resumed midway Lightning calls the first alone.
+    # In an epoch that is resumed midway Lightning calls `on_train_start` alone.
     on_train_epoch_start = on_train_start
 
     def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
