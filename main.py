@@ -607,8 +607,8 @@ def tokenise(reviews: Any, tokenizer: Any) -> Any:
 class LengthGroupedBatches(torch.utils.data.Sampler):
     """Draws batches of reviews of like length, each review once.
 
-    The two batches of the longest lead: if memory is too small, the first two steps
-    show it, as from the second on it holds AdamW's state as well.
+    The two batches of the longest reviews come first: if memory is too small, the
+    first two steps show it, as from the second on it holds AdamW's state as well.
 
     The plan follows from seed and epoch alone. A resumed epoch makes it again and
     skips what is done. With dropout that follows from seed and step, running means
@@ -967,7 +967,11 @@ def only_run(run: Path) -> Iterator[None]:
         try:
             held.acquire()
         except filelock.Timeout:
-            refuse(f"--logdir={run.parent}: another process runs in {run}")
+            holder = " on ".join(lock.read_text().split()[:2])
+            refuse(f"--logdir={run.parent}: process {holder} runs in {run}")
+        # On a disk without locks filelock itself makes do with such a file.
+        if not isinstance(held, filelock.SoftFileLock):
+            lock.write_text(f"{os.getpid()}\n{os.uname().nodename}\n")
     try:
         yield
     finally:
@@ -1477,19 +1481,24 @@ def read_rows(flag: str, file: str, columns: dict[str, str]) -> Iterator[dict]:
             words = {"line": line}
             for name, column in columns.items():
                 if column not in row:
-                    hint = f"; the first line names columns, with {between} between"
-                    hint = hint if between else f" (line {line})"
+                    hint = f" (line {line})"
+                    if between:
+                        hint = f"; the first line names columns, with {between} between"
                     refuse_column(flag, name, column, [*row], hint)
                 value = row[column]
                 if isinstance(value, list | dict | bytes):
                     refuse(f"{flag}: line {line}: {column} holds {reprlib.repr(value)}")
-                # NaN, as pandas writes what is missing, differs from itself.
-                word = "" if value is None or value != value else str(value)
                 # Half an emoji, as JSON may hold, cannot be written as UTF-8.
-                words[name] = word.encode("utf-8", "replace").decode()
+                words[name] = as_word(value).encode("utf-8", "replace").decode()
             yield words
     if not line:
         refuse(f"{flag}: found no reviews")
+
+
+def as_word(value: Any) -> str:
+    """Returns a cell as a word; what is missing is empty."""
+    # NaN, as pandas writes what is missing, differs from itself.
+    return "" if value is None or value != value else str(value)
 
 
 def choose_reader(
@@ -1620,8 +1629,7 @@ def spell_labels(flag: str, split: Reviews) -> list[str]:
         labels = [
             feature.names[n] if n in range(len(feature.names)) else "" for n in labels
         ]
-    # NaN, as pandas writes what is missing, differs from itself.
-    words = ["" if n is None or n != n else str(n) for n in labels]
+    words = [as_word(label) for label in labels]
     blank = [row for row, word in enumerate(words) if not word.strip()]
     if blank:
         known = "line" in split.column_names
@@ -1888,7 +1896,7 @@ def quieten() -> None:
     """Silences what a newcomer need not read."""
     for logger in ("pytorch_lightning", "lightning_fabric", "httpx2", "sh"):
         logging.getLogger(logger).setLevel(logging.WARNING)
-    # It alone tells why it kills this process: another one has ended.
+    # But this part of Lightning tells why it kills this process: another has ended.
     observer = "lightning_fabric.strategies.launchers.subprocess_script"
     logging.getLogger(observer).setLevel(logging.INFO)
     transformers.logging.set_verbosity_error()
@@ -1908,7 +1916,7 @@ def quieten() -> None:
 
 
 def drop_os_error(thrown: Any) -> None:
-    """Tells of a thread's error, but a full disk: TensorBoard raises that again."""
+    """Tells of a thread's error, but of a disk's: TensorBoard raises those again."""
     if not isinstance(thrown.exc_value, OSError):
         threading.__excepthook__(thrown)
 

@@ -163,8 +163,21 @@ def test_full_memory_names_the_flags_that_help(error):
         raise error
 
 
+@pytest.mark.parametrize("error", [
+    RuntimeError("[gloo/transport/tcp/pair.cc:544] Connection closed by peer"),
+    torch.distributed.DistNetworkError("failed to send: Broken pipe"),
+])  # fmt: skip
+def test_the_end_of_another_process_is_told(error):
+    with (
+        pytest.raises(SystemExit, match=r"another process.*--resume goes on"),
+        main.refusing_breakdowns("logs"),
+    ):
+        raise error
+
+
 def test_other_errors_of_a_run_keep_their_traceback():
-    for error in (RuntimeError("mat1 and mat2"), OSError(2, "No such file")):
+    peer = ConnectionResetError(104, "Connection reset by peer")  # the Hub, say
+    for error in (RuntimeError("mat1 and mat2"), OSError(2, "No such file"), peer):
         with pytest.raises(type(error)), main.refusing_breakdowns("logs"):
             raise error
 
